@@ -1,0 +1,296 @@
+"""Per-example gradients kept as factors, and the products taken with them.
+
+A block's gradient of one example is `sum_t dy_t a_tᵀ`. It stays in that form
+until a product needs it, and each product below picks its route from the
+static shapes: with a single position nothing is materialised; otherwise the
+per-example gradient is formed once and contracted, which costs the operations
+of a weight gradient whatever the number of queries.
+
+Notation: B examples, G groups, T positions, I inputs, O outputs, Q queries.
+Every gradient has coordinates [G, O, I]. A bias is the last of the I inputs;
+it is a flag and never a column of ones appended to the activations.
+Accumulation is in float32, or in float64 when the gradients are.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("a", "dy"),
+  meta_fields=("bias",),
+)
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  """A sum of outer products over positions."""
+
+  a: Array  # [B, G, T, I], without the bias
+  dy: Array  # [B, G, T, O]
+  bias: bool = False
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("ids", "dy"),
+  meta_fields=("rows",),
+)
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+  """One-hot inputs given by their index; indices outside are dropped."""
+
+  ids: Array  # [B, T]
+  dy: Array  # [B, T, O]
+  rows: int  # I
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("grad",), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Dense:
+  """A materialised gradient, for parameters used more than once."""
+
+  grad: Array  # [B, G, O, I]
+
+
+Factors: TypeAlias = Outer | Lookup | Dense
+
+
+class Moments(NamedTuple):
+  """Sums over examples and positions; a side is a matrix or its diagonal."""
+
+  inputs: Array  # [G, I, I], or [G, I] for lookups
+  outputs: Array  # [G, O, O], or [G, O] for diagonal blocks
+  positions: Array  # [] how many terms `inputs` sums
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+  """The dtype in which sums of `dtype` are kept."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def gradient(factors: Factors) -> Array:
+  """Per-example gradients [B, G, O, I]."""
+  if isinstance(factors, Dense):
+    return factors.grad
+  if isinstance(factors, Lookup):
+    ids_BxT, dy_BxTxO = factors.ids, factors.dy
+    rows = jax.vmap(
+      lambda i, d: _rows(factors.rows, i, d, accumulator(d.dtype))
+    )
+    return rows(ids_BxT, dy_BxTxO).swapaxes(1, 2)[:, None]
+  grad_BxGxOxI = _einsum("bgto,bgti->bgoi", factors.dy, factors.a)
+  if not factors.bias:
+    return grad_BxGxOxI
+  bias_BxGxO = _total(factors.dy, (2,))
+  return jnp.concatenate([grad_BxGxOxI, bias_BxGxO[..., None]], axis=-1)
+
+
+def moments(factors: Factors, lanes: Array | None, diagonal: bool) -> Moments:
+  """Second moments of inputs and output gradients, summed over the batch.
+
+  Args:
+    factors: of the batch.
+    lanes: [B] 0/1, the examples that count; None for all. Examples that do
+      not count must already have zero output gradients.
+    diagonal: keep only the diagonal of the output side.
+  """
+  if isinstance(factors, Dense):
+    return moments(_column(factors), lanes, diagonal)
+  if isinstance(factors, Lookup):
+    ids_BxT, dy_BxTxO = factors.ids, factors.dy
+    dtype = accumulator(dy_BxTxO.dtype)
+    ones_BxT = jnp.ones(ids_BxT.shape, dtype)
+    if lanes is not None:
+      ones_BxT = ones_BxT * lanes[:, None]
+    counts_I = _rows(factors.rows, ids_BxT.reshape(-1), ones_BxT.reshape(-1, 1))
+    return Moments(
+      counts_I[:, 0][None], _gram(dy_BxTxO[:, None]), ones_BxT.sum()
+    )
+  a_BxGxTxI, dy_BxGxTxO = factors.a, factors.dy
+  dtype = accumulator(dy_BxGxTxO.dtype)
+  batch, groups, positions, _ = a_BxGxTxI.shape
+  masked = a_BxGxTxI
+  count = jnp.asarray(batch * positions, dtype)
+  if lanes is not None:
+    masked = a_BxGxTxI * lanes[:, None, None, None].astype(a_BxGxTxI.dtype)
+    count = lanes.sum(dtype=dtype) * positions
+  inputs = _gram(a_BxGxTxI, masked)
+  if factors.bias:
+    ones_GxI = _total(masked, (0, 2))
+    corner = jnp.broadcast_to(count, (groups, 1))
+    edge_GxI = jnp.concatenate([ones_GxI, corner], axis=-1)
+    inputs = jnp.concatenate([inputs, ones_GxI[:, None]], axis=1)
+    inputs = jnp.concatenate([inputs, edge_GxI[..., None]], axis=2)
+  if diagonal:
+    outputs = _total(jnp.square(dy_BxGxTxO.astype(dtype)), (0, 2))
+  else:
+    outputs = _gram(dy_BxGxTxO)
+  return Moments(inputs, outputs, count)
+
+
+def rotate(
+  factors: Factors, inputs: Array | None, outputs: Array | None
+) -> Factors:
+  """Coordinates in the bases `inputs` [G, I, I] and `outputs` [G, O, O].
+
+  Columns are basis vectors; None leaves that side as it is. The gradient of
+  the result is `outputsᵀ gradient inputs`, and its bias is no longer apart.
+  """
+  if isinstance(factors, Dense):
+    grad = factors.grad
+    if inputs is not None:
+      grad = _einsum("bgoi,gij->bgoj", grad, inputs)
+    if outputs is not None:
+      grad = _einsum("bgoi,gop->bgpi", grad, outputs)
+    return Dense(grad)
+  if isinstance(factors, Lookup):
+    if outputs is None:
+      return factors
+    dy = _project(factors.dy[:, None], outputs)[:, 0]
+    return dataclasses.replace(factors, dy=dy)
+  a, dy, bias = factors.a, factors.dy, factors.bias
+  if inputs is not None:
+    width = a.shape[-1]
+    a = _project(a, inputs[:, :width])
+    if bias:
+      a = a + inputs[:, width][None, :, None]
+    bias = False
+  if outputs is not None:
+    dy = _project(dy, outputs)
+  return Outer(a, dy, bias)
+
+
+def dot(factors: Factors, directions: Array) -> Array:
+  """Inner products [B, Q] with directions [Q, G, O, I]."""
+  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+    return _dot_single(factors, directions)
+  grad = gradient(factors)
+  flat = grad.reshape(grad.shape[0], -1)
+  return _matmul(flat, directions.reshape(directions.shape[0], -1).T)
+
+
+def squares(factors: Factors) -> Array:
+  """Sum over the batch of squared per-example gradients [G, O, I]."""
+  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+    return gradient_sum(_squared(factors))
+  grad = gradient(factors)
+  return jnp.sum(jnp.square(grad), axis=0)
+
+
+def weighted_norm(factors: Factors, weights: Array) -> Array:
+  """sum(weights * gradient²) of each example [B]; weights [G, O, I]."""
+  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+    return dot(_squared(factors), weights[None])[:, 0]
+  grad = gradient(factors)
+  return _einsum("bgoi,goi->b", jnp.square(grad), weights)
+
+
+def norm(factors: Factors) -> Array:
+  """Squared Euclidean norm of each example's gradient [B]."""
+  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+    a, dy = _upcast(factors.a), _upcast(factors.dy)
+    a2_BxG = jnp.sum(jnp.square(a), axis=(2, 3)) + float(factors.bias)
+    return jnp.sum(a2_BxG * jnp.sum(jnp.square(dy), axis=(2, 3)), axis=1)
+  return jnp.sum(jnp.square(gradient(factors)), axis=(1, 2, 3))
+
+
+def gradient_sum(factors: Outer) -> Array:
+  """Sum over the batch of the gradients [G, O, I]."""
+  a, dy = factors.a, factors.dy
+  grad_GxOxI = _einsum("gno,gni->goi", _positions(dy), _positions(a))
+  if not factors.bias:
+    return grad_GxOxI
+  return jnp.concatenate([grad_GxOxI, _total(dy, (0, 2))[..., None]], axis=-1)
+
+
+def _dot_single(factors: Outer, directions: Array) -> Array:
+  """Contract the inputs, then the outputs: no gradient is formed."""
+  a_BxGxI, dy_BxGxO = factors.a[:, :, 0], factors.dy[:, :, 0]
+  width = a_BxGxI.shape[-1]
+  batch, groups = a_BxGxI.shape[:2]
+  queries, _, outputs, _ = directions.shape
+  if groups == 1:
+    table = directions[:, 0, :, :width].reshape(-1, width)
+    hidden = _matmul(_upcast(a_BxGxI[:, 0]), table.T)
+    hidden = hidden.reshape(batch, queries, 1, outputs)
+  else:
+    hidden = _einsum("bgi,qgoi->bqgo", a_BxGxI, directions[..., :width])
+  if factors.bias:
+    hidden = hidden + directions[None, ..., width]
+  return _einsum("bqgo,bgo->bq", hidden, dy_BxGxO)
+
+
+def _squared(factors: Outer) -> Outer:
+  square = lambda x: jnp.square(_upcast(x))
+  return Outer(square(factors.a), square(factors.dy), factors.bias)
+
+
+def _column(factors: Dense) -> Outer:
+  """A gradient that is one column, as an outer product with the scalar 1."""
+  grad_BxGxOxI = factors.grad
+  if grad_BxGxOxI.shape[-1] != 1:
+    raise ValueError(
+      "second moments per position are lost once a gradient is materialised; "
+      f"got gradients of shape {grad_BxGxOxI.shape}"
+    )
+  dy = grad_BxGxOxI.swapaxes(2, 3)
+  return Outer(jnp.ones((*dy.shape[:3], 1), dy.dtype), dy)
+
+
+def _rows(
+  rows: int, ids_N: Array, values_NxO: Array, dtype: jnp.dtype | None = None
+) -> Array:
+  """Sums of values by index [rows, O]."""
+  table = jnp.zeros((rows, values_NxO.shape[-1]), dtype or values_NxO.dtype)
+  return table.at[ids_N].add(values_NxO.astype(table.dtype), mode="drop")
+
+
+def _positions(x_BxGxTxD: Array) -> Array:
+  """All positions of all examples in one axis [G, B*T, D]."""
+  batch, groups, positions, width = x_BxGxTxD.shape
+  if groups == 1:
+    return x_BxGxTxD.reshape(1, batch * positions, width)
+  return x_BxGxTxD.swapaxes(0, 1).reshape(groups, batch * positions, width)
+
+
+def _gram(x_BxGxTxD: Array, y_BxGxTxD: Array | None = None) -> Array:
+  """Sums over positions of x yᵀ [G, D, D]; y = x unless given."""
+  x_GxNxD = _positions(x_BxGxTxD)
+  y_GxNxD = x_GxNxD if y_BxGxTxD is None else _positions(y_BxGxTxD)
+  if x_GxNxD.shape[0] == 1:
+    return _matmul(x_GxNxD[0].T, y_GxNxD[0])[None]
+  return _einsum("gni,gnj->gij", x_GxNxD, y_GxNxD)
+
+
+def _project(x_BxGxTxD: Array, basis_GxDxE: Array) -> Array:
+  batch, groups, positions, width = x_BxGxTxD.shape
+  if groups == 1:
+    flat = _matmul(_upcast(x_BxGxTxD).reshape(-1, width), basis_GxDxE[0])
+    return flat.reshape(batch, 1, positions, -1)
+  return _einsum("bgti,gij->bgtj", _upcast(x_BxGxTxD), basis_GxDxE)
+
+
+def _total(x: Array, axes: tuple[int, ...]) -> Array:
+  return jnp.sum(x, axis=axes, dtype=accumulator(x.dtype))
+
+
+def _upcast(x: Array) -> Array:
+  return x.astype(accumulator(x.dtype))
+
+
+def _matmul(x: Array, y: Array) -> Array:
+  dtype = accumulator(jnp.promote_types(x.dtype, y.dtype))
+  return jnp.matmul(x, y, preferred_element_type=dtype)
+
+
+def _einsum(spec: str, *operands: Array) -> Array:
+  dtype = accumulator(jnp.result_type(*operands))
+  return jnp.einsum(spec, *operands, preferred_element_type=dtype)

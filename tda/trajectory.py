@@ -1,0 +1,217 @@
+"""Training as a pure function of example weights and a key.
+
+`trainer(...)` returns `train(weights [N], key) -> params`, a pure function that
+may be jitted, differentiated, and vmapped over weights and keys alike.
+
+Weights. The gradient of a batch is the sum of weight_i · grad_i over its
+examples, divided by the number of examples in it: weights are not normalised,
+so that the derivative in one of them is the effect of one example. An example
+of weight 0 is excluded: each epoch draws one permutation of all N examples,
+moves the excluded ones to its end without changing the order of the others,
+and stops at the last example kept. Training with 0/1 weights is therefore
+training on the subset alone, in the same order; the last batch of an epoch
+holds (and is divided by the number of) what remains.
+
+Cost. An epoch runs ceil(size / batch_size) steps, where `size` is the largest
+number of non-zero weights ever passed: a half subset costs half. With fewer
+non-zero weights the surplus steps are computed and discarded (parameters,
+optimizer state and its step count stay), so that `size` never changes a result.
+
+Keys. The key is split in two: one half draws the initialisation, the other,
+folded with the epoch, the order. Weights enter neither, so the same key gives
+the same initialisation, and the same order up to exclusion, whatever the
+weights. (Keys of the default implementation: `rbg` draws differ under vmap.)
+
+The derivative in a weight is exact where the weight is not 0; it is 0 where the
+weight is 0, since whether an example takes part is not differentiable.
+
+Notation: N examples, S steps of an epoch, B slots of a batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Loss = Callable[[PyTree, PyTree], jax.Array]  # params, one example -> scalar
+Init = Callable[[jax.Array], PyTree]  # key -> params
+Train = Callable[[jax.Array, jax.Array], PyTree]  # weights [N], key -> params
+
+
+class State(NamedTuple):
+  params: PyTree
+  opt_state: PyTree
+
+
+class Trajectory(NamedTuple):
+  """The parts of a run, for those who scan over its steps themselves."""
+
+  start: Callable[[jax.Array], State]  # initialisation key -> state
+  # weights [N], order key, epoch -> indices [S, B], -1 in empty slots
+  batches: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  # state, data, weights [N], indices [B] -> state
+  step: Callable[[State, PyTree, jax.Array, jax.Array], State]
+  epochs: int
+
+
+def steps(size: int, batch_size: int, epochs: int) -> int:
+  """Optimizer steps of a run over `size` examples, for schedules."""
+  return epochs * -(-size // batch_size)
+
+
+def permutation(
+  key: jax.Array, weights: jax.Array, epoch: jax.Array | int
+) -> jax.Array:
+  """Order of one epoch [N] int32: those of weight 0 last, otherwise random.
+
+  Sorts 31 random bits (ties, one pair in 2³¹, by index) under one bit that says
+  whether the weight is 0: one sort draws the permutation and partitions it.
+  """
+  (n,) = weights.shape
+  bits_N = jax.random.bits(jax.random.fold_in(key, epoch), (n,), jnp.uint32)
+  excluded_N = (weights == 0).astype(jnp.uint32)
+  rank_N = (bits_N >> 1) | (excluded_N << 31)
+  index_N = jnp.arange(n, dtype=jnp.int32)
+  return jax.lax.sort((rank_N, index_N), num_keys=1, is_stable=True)[1]
+
+
+def trajectory(
+  loss: Loss,
+  init: Init,
+  optimizer: optax.GradientTransformation,
+  n: int,
+  *,
+  epochs: int,
+  batch_size: int,
+  size: int | None = None,
+) -> Trajectory:
+  """Start, batches and step of a run over `n` examples; see `trainer`."""
+  size = n if size is None else size
+  if not 0 < size <= n:
+    raise ValueError(f"size must be in 1..{n} (the examples), got {size}")
+  if not 0 < batch_size <= size:
+    raise ValueError(
+      f"batch_size must be in 1..size = {size}, got {batch_size}: lower it, "
+      "or keep more examples"
+    )
+  if epochs < 1:
+    raise ValueError(f"epochs must be positive, got {epochs}")
+  epoch_steps = steps(size, batch_size, 1)
+
+  def start(key: jax.Array) -> State:
+    params = init(key)
+    return State(params, optimizer.init(params))
+
+  def batches(weights, key, epoch):
+    kept = jnp.count_nonzero(weights)
+    order = permutation(key, weights, epoch)[:size]
+    order = jnp.where(jnp.arange(size) < kept, order, -1)
+    slots = epoch_steps * batch_size
+    order = jnp.pad(order, (0, slots - size), constant_values=-1)
+    return order.reshape(epoch_steps, batch_size)
+
+  def step(state, data, weights, batch):
+    filled_B = batch >= 0
+    # An empty slot repeats the batch's first example with weight 0, not some
+    # excluded example, whose loss may be infinite and 0 · inf is NaN.
+    index_B = jnp.where(filled_B, batch, batch[0])
+    examples = jax.tree.map(lambda leaf: leaf[index_B], data)
+    weight_B = jnp.where(filled_B, weights[index_B], 0)
+    weight_B /= jnp.maximum(jnp.count_nonzero(filled_B), 1)
+
+    def objective(params):
+      loss_B = jax.vmap(loss, (None, 0))(params, examples)
+      if loss_B.shape != weight_B.shape:
+        raise ValueError(
+          "loss(params, example) must return a scalar for one example, got "
+          f"shape {loss_B.shape[1:]}: sum or average it inside the loss"
+        )
+      return jnp.sum(weight_B * loss_B)
+
+    grads = jax.grad(objective)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    moved = State(optax.apply_updates(state.params, updates), opt_state)
+    keep = filled_B[0]  # slots fill from the front
+    return jax.tree.map(
+      lambda new, old: jnp.where(keep, new, old), moved, state
+    )
+
+  return Trajectory(start, batches, step, epochs)
+
+
+def trainer(
+  loss: Loss,
+  init: Init,
+  optimizer: optax.GradientTransformation,
+  data: PyTree,
+  *,
+  epochs: int,
+  batch_size: int,
+  size: int | None = None,
+) -> Train:
+  """`train(weights [N], key) -> params`; the module says what it computes.
+
+  `loss(params, example) -> scalar` of one row of `data`, a pytree of arrays
+  with N rows; `optimizer` is any optax transformation that needs no extra
+  arguments, and its schedules count `steps(kept, batch_size, epochs)` steps.
+
+  `size`, default N, bounds the number of non-zero weights. More of them than
+  `size` cannot be seen on shapes, and give NaN parameters instead of a run on
+  part of them.
+
+  `train` is a `jax.tree_util.Partial` that holds `data`: passed as an argument
+  to a jitted function the data stay arguments, called inside one they become
+  constants of the program.
+  """
+  data = jax.tree.map(jnp.asarray, data)
+  n = _rows(data)
+  size = n if size is None else size
+  parts = trajectory(
+    loss,
+    init,
+    optimizer,
+    n,
+    epochs=epochs,
+    batch_size=batch_size,
+    size=size,
+  )
+
+  def train(data: PyTree, weights: jax.Array, key: jax.Array) -> PyTree:
+    weights = jnp.asarray(weights)
+    if weights.shape != (n,):
+      raise ValueError(f"weights must have shape ({n},), got {weights.shape}")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+      weights = weights.astype(jnp.result_type(float))
+    init_key, order_key = jax.random.split(key)
+
+    def epoch(state, i):
+      batches = parts.batches(weights, order_key, i)
+
+      def step(state, batch):
+        return parts.step(state, data, weights, batch), None
+
+      return jax.lax.scan(step, state, batches)[0], None
+
+    state = parts.start(init_key)
+    state = jax.lax.scan(epoch, state, jnp.arange(epochs))[0]
+    fits = jnp.count_nonzero(weights) <= size
+    return jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), state.params)
+
+  return jax.tree_util.Partial(train, data)
+
+
+def _rows(data: PyTree) -> int:
+  """N, the leading axis that all leaves share."""
+  leaves = jax.tree_util.tree_leaves_with_path(data)
+  counts = {
+    jax.tree_util.keystr(path): leaf.shape[0] if leaf.ndim else None
+    for path, leaf in leaves
+  }
+  if len(set(counts.values())) != 1 or None in counts.values():
+    raise ValueError(
+      f"the arrays of a dataset must share their first axis, got {counts}"
+    )
+  return next(iter(counts.values()))
