@@ -79,7 +79,8 @@ def linearize(
   """
   taps = _taps(found, statistic)
   by_path: dict[Any, list[Use]] = {}
-  keys, riders = {}, {}
+  keys: dict[Any, Any] = {}
+  riders: dict[Any, set] = {}
   for key, tap in taps.items():
     for use in tap.uses:
       by_path.setdefault(use.path, []).append(use)
@@ -139,11 +140,21 @@ def linearize(
 
 def check_structure(found: Trace, params: PyTree, batch: PyTree) -> None:
   """Raises ValueError if params or batch are not those that were traced."""
-  if jax.tree.structure(params) != found.treedef:
+  check_params(found, params)
+  check_rows(found, batch)
+
+
+def check_params(found: Trace, params: PyTree) -> None:
+  """Raises ValueError if the parameters are not those that were traced."""
+  if not jax.tree.structure(params) == found.treedef:
     raise ValueError(
       f"params have structure {jax.tree.structure(params)}, but the traced "
       f"function takes {found.treedef}"
     )
+
+
+def check_rows(found: Trace, batch: PyTree) -> None:
+  """Raises ValueError if rows of the data are not the traced example."""
   if jax.tree.structure(batch) != jax.tree.structure(found.example):
     raise ValueError(
       f"the batch has structure {jax.tree.structure(batch)}, but one example "
@@ -209,7 +220,7 @@ def _tap_shape(
 def _collect(tap: _Tap, use: Use, operand, lanes, x, dy) -> PyTree:
   """The statistic of one use, from batched activation and gradient."""
   parts = jax.vmap(use.form.factors)(x, dy)
-  if use.bias is not None:
+  if use.bias is not None and isinstance(parts, factors.Outer):
     parts = dataclasses.replace(parts, bias=True)
   return tap.statistic.compute(tap.block, parts, lanes, operand)
 

@@ -1,0 +1,91 @@
+"""Fitting a Kronecker-factored curvature to a dataset, start to finish."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+
+from tda import gradients, streams
+from tda.blocks import Trace
+from tda.curvature import kronecker
+from tda.curvature import labels as labels_lib
+from tda.curvature.kronecker import Basis, Curvature
+from tda.curvature.labels import Labels
+from tda.likelihoods import Objective
+from tda.streams import Loop
+
+METHODS = ("kfac", "ekfac", "diagonal")
+
+
+def fitter(
+  found: Trace,
+  objective: Objective,
+  *,
+  methods: Sequence[str] = METHODS,
+  labels: str | Labels = "empirical",
+) -> Callable[..., dict[str, Curvature]]:
+  """Fits of one or several curvatures with the fewest passes over the data.
+
+  Args:
+    found: trace of `objective.outputs`.
+    objective: model and likelihood.
+    methods: of "kfac" (one pass), "ekfac" (two) and "diagonal" (one).
+    labels: "empirical", "exact", "sampled" or "sampled:K".
+
+  Returns:
+    fit(params, data, *, key=None, loop=Loop()) -> {method: Curvature}. Data is
+    a pytree of arrays with leading axis N; the key is for sampled labels, of
+    which each pass draws its own; each pass saves in a folder of its own. A
+    second call compiles nothing again.
+  """
+  unknown = set(methods) - set(METHODS)
+  if unknown or not methods:
+    raise ValueError(
+      f"unknown curvature {sorted(unknown)}; choose of {list(METHODS)}"
+    )
+  labels = labels_lib.parse(labels)
+
+  def fold(statistic):
+    run = gradients.backward_pass(found, objective, statistic, labels)
+    return gradients.total(found, run)
+
+  moments_fold = fold(kronecker.MOMENTS)
+  squares_fold = fold(kronecker.SQUARES)
+
+  def fit(params, data, *, key=None, loop=Loop()):
+    if labels.kind == "sampled" and key is None:
+      raise ValueError("sampled labels are drawn at random: give a key")
+    keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    fits = {}
+
+    def spectrum(name, basis, key):
+      args = (params, basis, key)
+      sums, count = streams.fold(squares_fold, args, data, _stage(loop, name))
+      return {k: x / count for k, x in sums.items()}, int(count)
+
+    if "kfac" in methods or "ekfac" in methods:
+      args = (params, None, keys[0])
+      stage = _stage(loop, "covariances")
+      moments, total = streams.fold(moments_fold, args, data, stage)
+      total = int(total)
+      basis, sides = kronecker.eigenbasis(moments)
+    if "kfac" in methods:
+      values = kronecker.kfac_eigenvalues(moments, sides, total)
+      fits["kfac"] = Curvature(basis, values, "kfac", labels, total)
+    if "ekfac" in methods:
+      values, total = spectrum("eigenvalues", basis, keys[1])
+      fits["ekfac"] = Curvature(basis, values, "ekfac", labels, total)
+    if "diagonal" in methods:
+      values, total = spectrum("diagonal", None, keys[2])
+      plain = {name: Basis(None, None) for name in found.blocks}
+      fits["diagonal"] = Curvature(plain, values, "diagonal", labels, total)
+    return {name: fits[name] for name in methods}
+
+  return fit
+
+
+def _stage(loop: Loop, name: str) -> Loop:
+  """The loop of one pass: its own folder and its own name on the bar."""
+  directory = loop.directory and os.path.join(loop.directory, name)
+  label = loop.label and f"{loop.label} {name}"
+  return loop._replace(directory=directory, label=label)

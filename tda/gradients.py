@@ -1,0 +1,130 @@
+"""Backward passes over batches: what every method does to the data.
+
+`backward_pass` joins capture (`tda.taps`), labels (`tda.curvature.labels`) and
+a statistic into one pure function of a batch. Curvature fits sum its values
+over a dataset (`total`), scores keep them for every example.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from tda import blocks, taps
+from tda.blocks import Blocks, Trace
+from tda.curvature import labels as labels_lib
+from tda.curvature.labels import Labels
+from tda.likelihoods import Objective
+from tda.streams import Batch, Fold
+
+Array = jax.Array
+PyTree: TypeAlias = Any
+Pass: TypeAlias = Callable[..., tuple[dict[str, PyTree], Array]]
+"""(params, batch, operands, key) -> (statistics by block, finite [B])."""
+
+EMPIRICAL = Labels("empirical")
+
+
+def backward_pass(
+  found: Trace,
+  objective: Objective,
+  statistic: taps.Statistic,
+  labels: Labels = EMPIRICAL,
+) -> Pass:
+  """The statistic of the gradients that the labels ask for, on a batch.
+
+  Args:
+    found: trace of `objective.outputs`.
+    objective: model and likelihood.
+    statistic: what is kept. The K gradients of an example are summed after the
+      statistic, so one that is per example needs K = 1.
+    labels: which gradients. Empirical: those of the loss itself.
+
+  Returns:
+    run(params, batch, operands=None, key=None) -> (statistics by block, finite
+    [B]): whose outputs and cotangents are finite. Operands go to the
+    statistic. Sampled labels need the key; an example's draws depend on it and
+    on the example's position in the dataset alone.
+  """
+  if labels.kind != "empirical" and statistic.per_example:
+    raise ValueError(
+      f"a statistic per example is of the gradient of the loss, not of "
+      f"{labels.kind} labels"
+    )
+  run = taps.linearize(found, statistic)
+  pseudo = labels_lib.cotangents(objective, labels)
+
+  def run_pass(params, batch, operands=None, key=None):
+    outputs, backward = run(params, batch.rows, operands, batch.lanes)
+    keys = None
+    if labels.kind == "sampled" and key is not None:
+      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.positions)
+    cotangents_BxK = jax.vmap(pseudo)(outputs, batch.rows, keys)
+    finite = _finite(outputs) & _finite(cotangents_BxK)
+    cotangents_KxB = cotangents_BxK.swapaxes(0, 1).astype(outputs.dtype)
+    if cotangents_KxB.shape[0] == 1:
+      return backward(cotangents_KxB[0]), finite
+    shapes = jax.eval_shape(backward, cotangents_KxB[0])
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, cotangents):
+      return jax.tree.map(jnp.add, total, backward(cotangents)), None
+
+    return jax.lax.scan(add, zero, cotangents_KxB)[0], finite
+
+  return run_pass
+
+
+def total(found: Trace, run: Pass) -> Fold:
+  """Sums a backward pass over a dataset.
+
+  Its `params` are the arguments (params, operands, key) of the pass; the
+  result is (statistics by block, number of examples).
+  """
+
+  def init(args):
+    batched = lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
+    rows = jax.tree.map(batched, found.example)
+    batch = Batch(rows, jax.ShapeDtypeStruct((1,), jnp.int32), None)
+    params, operands, key = args
+    shapes, _ = jax.eval_shape(run, params, batch, operands, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return zeros, jnp.zeros((), jnp.int32)
+
+  def update(state, args, batch):
+    params, operands, key = args
+    values, finite = run(params, batch, operands, key)
+    sums, count = state
+    counted = finite.size if batch.lanes is None else batch.lanes.sum()
+    sums = jax.tree.map(jnp.add, sums, values)
+    return (sums, count + jnp.asarray(counted, jnp.int32)), finite
+
+  return Fold(init, update, lambda state: state)
+
+
+def per_example(
+  found: Trace, objective: Objective
+) -> Callable[[PyTree, Batch], tuple[Blocks, Array]]:
+  """Gradients of the loss of each example, [B, *stack, G, O, I] by block."""
+  return backward_pass(found, objective, taps.GRADIENT)
+
+
+def of_measurement(
+  found: Trace, measurement: Callable[[PyTree, PyTree], Array]
+) -> Callable[[PyTree, Batch], tuple[Blocks, Array]]:
+  """Gradients of any scalar function of (params, example), in the blocks of
+  `found`, which may be the trace of another function of the same params."""
+
+  def gradients(params, batch):
+    one = jax.value_and_grad(measurement)
+    values, grads = jax.vmap(one, (None, 0))(params, batch.rows)
+    return jax.vmap(lambda g: blocks.to_blocks(found, g))(grads), (
+      jnp.isfinite(values)
+    )
+
+  return gradients
+
+
+def _finite(x: Array) -> Array:
+  return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)

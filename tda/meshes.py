@@ -1,0 +1,58 @@
+"""Meshes of devices: the one place that knows how arrays are placed.
+
+Library functions take arrays in any sharding. A batch is spread over the
+"data" axis; parameters are the caller's to place, replicated by default.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PyTree: TypeAlias = Any
+
+
+def mesh(data: int | None = None, model: int = 1) -> Mesh:
+  """A mesh with axes ("data", "model") over all devices of all processes.
+
+  Args:
+    data: size of the data axis; None takes what `model` leaves.
+    model: size of the model axis.
+  """
+  count = len(jax.devices())
+  data = count // model if data is None else data
+  if data < 1 or model < 1 or data * model > count:
+    raise ValueError(
+      f"a mesh of data={data} by model={model} needs {data * model} devices; "
+      f"there are {count}"
+    )
+  devices = jax.devices()[: data * model]
+  axes = ("data", "model")
+  kinds = (AxisType.Auto,) * 2
+  return jax.make_mesh((data, model), axes, axis_types=kinds, devices=devices)
+
+
+def spread(batch: PyTree, over: Mesh | None) -> PyTree:
+  """Puts a host batch on devices, rows split over the data axis."""
+  if over is None:
+    return jax.device_put(batch)
+  return jax.device_put(batch, NamedSharding(over, P("data")))
+
+
+def replicate(tree: PyTree, over: Mesh | None) -> PyTree:
+  """Puts a copy of every array on every device of the mesh."""
+  if over is None:
+    return jax.device_put(tree)
+  return jax.device_put(tree, NamedSharding(over, P()))
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """The whole array on the host, also when other processes hold parts."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if x.is_fully_replicated:
+      return np.asarray(x.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)

@@ -1,0 +1,219 @@
+"""Passes over data: the only loops over examples in the library.
+
+`fold` sums something over a dataset and `each` computes something for every
+example. Both cut the data into batches of one static shape, pad the last one
+and say which rows count, show progress, name the first example whose outputs
+are not finite, and can save as they go and continue after a kill, with any
+batch size.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from tda import checkpoints, meshes, parts
+
+Array = jax.Array
+PyTree: TypeAlias = Any
+
+
+class Batch(NamedTuple):
+  """Rows of a dataset."""
+
+  rows: PyTree  # leaves [B, ...]
+  positions: Array  # [B] int32, in the dataset
+  lanes: Array | None  # [B] float32 0/1, 0 for padding; None: all count
+
+
+class Loop(NamedTuple):
+  """How to run over a dataset.
+
+  Attributes:
+    batch_size: rows at a time; evened out over the batches.
+    label: of the progress bar; None shows none.
+    mesh: whose "data" axis each batch is spread over; None: one device.
+    directory: where to save as the pass goes; what an interrupted pass left
+      there is taken up. It must belong to the same pass, which the caller
+      sees to.
+    save_every: seconds between saves.
+  """
+
+  batch_size: int = 128
+  label: str | None = None
+  mesh: jax.sharding.Mesh | None = None
+  directory: str | None = None
+  save_every: float = 60.0
+
+
+class Fold(NamedTuple):
+  """A sum over a dataset as pure functions.
+
+  `update(state, params, batch) -> (state, finite [B])` sees each example once;
+  `finite` says whose outputs are finite. Only shapes matter to `init(params)`.
+  A fold that is run again is not compiled again.
+  """
+
+  init: Callable[[PyTree], PyTree]
+  update: Callable[[PyTree, PyTree, Batch], tuple[PyTree, Array]]
+  finalize: Callable[[PyTree], PyTree]
+
+
+def fold(
+  stream: Fold, params: PyTree, data: PyTree, loop: Loop = Loop()
+) -> PyTree:
+  """Runs a fold over a dataset, a pytree of arrays with leading axis N.
+
+  Raises:
+    ValueError: the first example whose outputs are not finite, by index.
+  """
+  state, seen = stream.init(params), 0
+  if loop.directory is not None and checkpoints.exists(loop.directory):
+    like = {"state": state, "seen": jnp.zeros((), jnp.int32)}
+    found = checkpoints.load(loop.directory, like)
+    state, seen = found["state"], int(found["seen"])
+  update = jax.jit(stream.update, donate_argnums=0)
+  unchecked: list[tuple[Array, int]] = []
+  saved = time.monotonic()
+
+  def save(seen):
+    _check_finite(unchecked)
+    if loop.directory is not None:
+      seen = jnp.asarray(seen, jnp.int32)
+      checkpoints.save(loop.directory, {"state": state, "seen": seen})
+
+  for batch, start, stop in _batches(data, seen, loop):
+    state, finite = update(state, params, batch)
+    _check_finite(unchecked)  # of the batch before: the device is kept busy
+    unchecked.append((finite, start))
+    if time.monotonic() - saved > loop.save_every:
+      save(stop)
+      saved = time.monotonic()
+  save(rows(data))
+  return stream.finalize(state)
+
+
+def each(
+  fn: Callable[[PyTree, Batch], tuple[PyTree, Array]],
+  params: PyTree,
+  data: PyTree,
+  loop: Loop = Loop(),
+) -> PyTree:
+  """Evaluates `fn(params, batch) -> (values, finite [B])` on every example.
+
+  Returns:
+    The values, numpy arrays with leading axis N.
+
+  Raises:
+    ValueError: the first example whose outputs are not finite, by index.
+  """
+  n = rows(data)
+  run = jax.jit(fn)
+  store = parts.opened(loop.directory, {"examples": n})
+  totals: list[np.ndarray] = []
+  seen, treedef = 0, None
+
+  def put(leaves, start, stop):
+    if not totals:
+      totals.extend(np.empty((n, *x.shape[1:]), x.dtype) for x in leaves)
+    for total, part in zip(totals, leaves, strict=True):
+      total[start:stop] = part
+
+  def keep(values, finite, start, stop):
+    _check_finite([(finite, start)])
+    leaves = [meshes.fetch(x)[: stop - start] for x in jax.tree.leaves(values)]
+    put(leaves, start, stop)
+    store.save(np.arange(start, stop), leaves)
+
+  for index, leaves in store.load():
+    if index[0] <= seen:
+      put(leaves, index[0], index[-1] + 1)
+      seen = max(seen, int(index[-1]) + 1)
+  waiting = None
+  for batch, start, stop in _batches(data, seen, loop):
+    values, finite = run(params, batch)
+    treedef = jax.tree.structure(values)
+    if waiting is not None:
+      keep(*waiting)
+    waiting = (values, finite, start, stop)
+  if waiting is not None:
+    keep(*waiting)
+  if treedef is None:
+    probe = _slice(data, np.arange(1), None)
+    treedef = jax.tree.structure(jax.eval_shape(fn, params, probe)[0])
+  return jax.tree.unflatten(treedef, totals)
+
+
+def rows(data: PyTree) -> int:
+  """The number of examples N.
+
+  Raises:
+    ValueError: no arrays, leaves of different lengths, or no rows.
+  """
+  paths, _ = jax.tree_util.tree_flatten_with_path(data)
+  lengths = {
+    jax.tree_util.keystr(path): jnp.shape(x)[0] if jnp.ndim(x) else 0
+    for path, x in paths
+  }
+  if len(set(lengths.values())) != 1 or 0 in lengths.values():
+    raise ValueError(
+      "a dataset is a pytree of arrays with one leading axis of examples; got "
+      f"leading axes {lengths}"
+    )
+  return next(iter(lengths.values()))
+
+
+def example(data: PyTree) -> PyTree:
+  """Shapes of one example of a dataset."""
+  rows(data)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), data
+  )
+
+
+def _batches(
+  data: PyTree, seen: int, loop: Loop
+) -> Iterator[tuple[Batch, int, int]]:
+  """Batches of one shape from row `seen` on, with the rows they hold."""
+  if loop.batch_size < 1:
+    raise ValueError(f"batch_size must be positive, got {loop.batch_size}")
+  n = rows(data)
+  multiple = 1 if loop.mesh is None else loop.mesh.shape["data"]
+  count = max(1, math.ceil((n - seen) / loop.batch_size))
+  size = math.ceil((n - seen) / count / multiple) * multiple
+  padded = (n - seen) % size != 0 if size else False
+  data = jax.tree.map(np.asarray, data)
+  with tqdm.tqdm(
+    total=n, initial=seen, desc=loop.label, unit="ex", disable=not loop.label
+  ) as bar:
+    for start in range(seen, n, max(size, 1)):
+      stop = min(start + size, n)
+      index = np.minimum(np.arange(start, start + size), n - 1)
+      lanes = (np.arange(start, start + size) < n) if padded else None
+      batch = _slice(data, index, lanes)
+      yield meshes.spread(batch, loop.mesh), start, stop
+      bar.update(stop - start)
+
+
+def _slice(data: PyTree, index: np.ndarray, lanes: np.ndarray | None) -> Batch:
+  taken = jax.tree.map(lambda x: x[index], data)
+  weights = None if lanes is None else lanes.astype(np.float32)
+  return Batch(taken, index.astype(np.int32), weights)
+
+
+def _check_finite(unchecked: list[tuple[Array, int]]) -> None:
+  """Empties the list of (finite [B], index of the first row)."""
+  while unchecked:
+    finite, start = unchecked.pop(0)
+    found = meshes.fetch(finite)
+    if not found.all():
+      raise ValueError(
+        f"the outputs of example {start + int(np.argmin(found))} are not "
+        "finite: look at that row of the data and at the parameters. What was "
+        "saved before it is kept"
+      )
