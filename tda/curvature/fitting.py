@@ -1,9 +1,9 @@
 """Fitting a Kronecker-factored curvature to a dataset, start to finish."""
 
-import os
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from tda import gradients, streams
 from tda.blocks import Trace
@@ -60,12 +60,19 @@ def fitter(
 
     def spectrum(name, basis, key):
       args = (params, basis, key)
-      sums, count = streams.fold(squares_fold, args, data, _stage(loop, name))
-      return {k: x / count for k, x in sums.items()}, int(count)
+      sums, count = streams.fold(squares_fold, args, data, loop.stage(name))
+      values = {k: x / count for k, x in sums.items()}
+      bad = [k for k, x in values.items() if not jnp.isfinite(x).all()]
+      if bad:
+        raise ValueError(
+          f"the squared gradients of {bad} are not finite: a gradient "
+          "overflowed. Fit in float32, or leave them out with `select`"
+        )
+      return values, int(count)
 
     if "kfac" in methods or "ekfac" in methods:
       args = (params, None, keys[0])
-      stage = _stage(loop, "covariances")
+      stage = loop.stage("covariances")
       moments, total = streams.fold(moments_fold, args, data, stage)
       total = int(total)
       basis, sides = kronecker.eigenbasis(moments)
@@ -82,10 +89,3 @@ def fitter(
     return {name: fits[name] for name in methods}
 
   return fit
-
-
-def _stage(loop: Loop, name: str) -> Loop:
-  """The loop of one pass: its own folder and its own name on the bar."""
-  directory = loop.directory and os.path.join(loop.directory, name)
-  label = loop.label and f"{loop.label} {name}"
-  return loop._replace(directory=directory, label=label)

@@ -19,7 +19,7 @@ Notation: G, O, I as in `tda.factors`.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from tda.curvature.labels import Labels
 from tda.factors import Moments
 
 Array = jax.Array
+
+
+SIDES = ("inputs", "outputs")
 
 
 class Basis(NamedTuple):
@@ -95,12 +98,28 @@ def eigenbasis(
   Raises:
     ValueError: a factor that is not finite, by block and side.
   """
+  sides = {
+    name: (inputs, outputs) for name, (inputs, outputs, _) in moments.items()
+  }
+  depth = {name: m.positions.ndim for name, m in moments.items()}
+  matrices = {
+    (name, side): x
+    for name, pair in sides.items()
+    for side, x in zip(SIDES, pair, strict=True)
+    if x.ndim > depth[name] + 2
+  }
+  found = jax.jit(_eigh)(matrices)
+  for (name, side), (_, _, sound) in found.items():
+    if not bool(sound):
+      found[name, side] = _eigh_on_host(name, side, matrices[name, side])
   bases, spectra = {}, {}
-  for name, (inputs, outputs, positions) in moments.items():
-    values_in, vectors_in = _side(name, "inputs", inputs, positions.ndim)
-    values_out, vectors_out = _side(name, "outputs", outputs, positions.ndim)
-    bases[name] = Basis(vectors_in, vectors_out)
-    spectra[name] = (values_in, values_out)
+  for name, pair in sides.items():
+    parts = [
+      found.get((name, side), (x, None))
+      for side, x in zip(SIDES, pair, strict=True)
+    ]
+    bases[name] = Basis(parts[0][1], parts[1][1])
+    spectra[name] = (parts[0][0], parts[1][0])
   return bases, spectra
 
 
@@ -121,37 +140,33 @@ def kfac_eigenvalues(
   return {name: product(name) for name in moments}
 
 
-def _side(
-  name: str, side: str, moment: Array, depth: int
-) -> tuple[Array, Array | None]:
-  """Eigenvalues and vectors of one side; a diagonal is its own spectrum."""
-  if moment.ndim == depth + 2:
-    return moment, None
-  return _eigh(name, side, moment)
+def _eigh(matrices: Mapping[Any, Array]) -> dict[Any, tuple]:
+  """Values, vectors, and whether all are finite, of symmetrised matrices."""
+
+  def one(x):
+    values, vectors = jnp.linalg.eigh((x + x.swapaxes(-1, -2)) / 2)
+    sound = jnp.isfinite(values).all() & jnp.isfinite(vectors).all()
+    return jnp.maximum(values, 0), vectors, sound
+
+  return {key: one(x) for key, x in matrices.items()}
 
 
-def _eigh(name: str, side: str, matrices: Array) -> tuple[Array, Array]:
-  """Batched symmetric eigendecomposition with a fallback on the host.
-
-  The device's solver can return NaN for an ill-conditioned factor; those that
-  do are decomposed again in float64 by LAPACK.
-  """
-  symmetric = (matrices + matrices.swapaxes(-1, -2)) / 2
-  if not bool(jnp.isfinite(symmetric).all()):
+def _eigh_on_host(name: str, side: str, matrices: Array) -> tuple:
+  """What the device's solver gave up on, again in float64 by LAPACK."""
+  symmetric = np.asarray(matrices, np.float64)
+  symmetric = (symmetric + symmetric.swapaxes(-1, -2)) / 2
+  if not np.isfinite(symmetric).all():
     raise ValueError(
       f"the second moment of the {side} of {name!r} is not finite: an "
       "activation or gradient overflowed. Fit in float32, or leave the block "
       "out with `select`"
     )
-  values, vectors = jnp.linalg.eigh(symmetric)
-  if not bool(jnp.isfinite(values).all() & jnp.isfinite(vectors).all()):
-    try:
-      found = np.linalg.eigh(np.asarray(symmetric, np.float64))
-    except np.linalg.LinAlgError as error:
-      raise ValueError(
-        f"no eigendecomposition of the {side} of {name!r} was found, in "
-        f"float32 or float64: {error}. Leave the block out with `select`"
-      ) from error
-    values = jnp.asarray(found.eigenvalues, symmetric.dtype)
-    vectors = jnp.asarray(found.eigenvectors, symmetric.dtype)
-  return jnp.maximum(values, 0), vectors
+  try:
+    values, vectors = np.linalg.eigh(symmetric)
+  except np.linalg.LinAlgError as error:
+    raise ValueError(
+      f"no eigendecomposition of the {side} of {name!r} was found, in float32 "
+      f"or float64: {error}. Leave the block out with `select`"
+    ) from error
+  dtype = matrices.dtype
+  return jnp.asarray(values.clip(0), dtype), jnp.asarray(vectors, dtype), True

@@ -74,9 +74,7 @@ def response(
   damping: Damping | None = None,
 ) -> Response:
   """`function` of the curvature, given what it does to eigenvalues."""
-  weights = {
-    name: function(values) for name, values in curvature.eigenvalues.items()
-  }
+  weights = jax.tree.map(function, curvature.eigenvalues)
   return Response(curvature.basis, weights, damping, curvature.labels)
 
 
@@ -88,15 +86,24 @@ def inverse(curvature: Curvature, damping: Damping) -> Response:
   the largest of the block.
   """
 
+  run = jax.jit(_inverted, static_argnames=("kind", "damped"))
+  damped = damping.value > 0
+  weights = run(curvature.eigenvalues, damping.value, damping.kind, damped)
+  return Response(curvature.basis, weights, damping, curvature.labels)
+
+
+def _inverted(
+  eigenvalues: Blocks, value: float, kind: str, damped: bool
+) -> Blocks:
   def invert(values):
-    if damping.value:
-      floor, total = 0.0, values + damping.of(values)
+    if damped:
+      floor, total = 0.0, values + Damping(kind, value).of(values)
     else:
       eps = jnp.finfo(values.dtype).eps * math.sqrt(values.size)
       floor, total = values.max() * eps, values
     return jnp.where(total > floor, 1 / jnp.where(total > floor, total, 1), 0)
 
-  return response(curvature, invert, damping)
+  return jax.tree.map(invert, eigenvalues)
 
 
 def _apply(basis: Basis, weights: Array, v: Array) -> Array:

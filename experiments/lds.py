@@ -1,0 +1,105 @@
+"""Linear datamodelling score of every method, under the noise ceiling.
+
+  python -m experiments.lds --config=configs/digits_mlp.py
+
+Trains a model, attributes test queries to its training examples by every
+method, retrains it on random subsets, and reports how well each method
+predicts what retraining does. A finished stage is read from --workdir, an
+interrupted one is taken up.
+"""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from absl import app
+
+from experiments import launch
+from tda.evaluation import lds, problem, stages
+from tda.evaluation.lds import Interval
+from tda.evaluation.problem import Problem
+from tda.evaluation.stages import Attribution
+from tda.report import figures, tables
+
+MAIN_FIGURE_QUERIES = 4
+
+
+def main(_) -> None:
+  started = time.monotonic()
+  setting = launch.setting()
+  workdir = launch.workdir("lds", setting)
+  task = problem.build(setting)
+  params = stages.trained(task, workdir)
+  rows = stages.attributed(task, params, workdir)
+  bank = stages.retrained(task, workdir)
+
+  predicted = {
+    name: lds.predictions(row.scores, bank["weights"])
+    for name, row in rows.items()
+  }
+  intervals = {
+    name: lds.bootstrap(lds.lds(bank["value"], x), task.key_for("bootstrap"))
+    for name, x in predicted.items()
+  }
+  ceiling = float(np.mean(lds.noise_ceiling(bank["value"])))
+  with workdir.timed("figures"):
+    _draw(task, workdir.path, rows, predicted, bank, intervals, ceiling)
+  workdir.record("lds", {k: _numbers(x) for k, x in intervals.items()})
+  workdir.record("noise_ceiling", ceiling)
+  total = round(time.monotonic() - started, 1)
+  workdir.record("seconds", {"total": total})
+  table = [_row(k, rows[k], intervals[k]) for k in rows]
+  print(tables.text(table, ceiling=ceiling))
+  print(f"\n{total:.0f} seconds; figures and metrics.json in {workdir.path}")
+
+
+def _draw(task: Problem, folder, rows, predicted, bank, intervals, ceiling):
+  """LDS bars, predictions of a few queries, and what matters to them."""
+  main = {k: tuple(map(float, intervals[k])) for k in task.setting.methods}
+  figures.lds_bars(folder / "lds.png", main, ceiling=ceiling)
+  best = max(main, key=lambda name: main[name][0])
+  some = _spread_queries(bank["value"])
+  figures.predicted_vs_actual(
+    folder / "predicted_vs_actual.png",
+    predicted[best][:, some],
+    bank["value"].mean(axis=1)[:, some],
+    [f"query {i}" for i in some],
+    measurement=task.setting.measurement,
+  )
+  if task.dataset.image_shape is not None:
+    names, train = task.dataset.class_names, task.dataset.train
+    figures.influential_images(
+      folder / "influential_images.png",
+      task.queries["x"][some],
+      train["x"],
+      rows[best].scores[:, some],
+      query_labels=[names[y] for y in task.queries["y"][some]],
+      train_labels=[names[y] for y in train["y"]],
+    )
+
+
+def _spread_queries(value: np.ndarray) -> np.ndarray:
+  """The queries on which the subsets disagree the most."""
+  spread_Q = value.mean(axis=1).std(axis=0)
+  return np.argsort(-spread_Q)[:MAIN_FIGURE_QUERIES]
+
+
+def _numbers(interval: Interval) -> Mapping[str, float]:
+  return {k: float(x) for k, x in interval._asdict().items()}
+
+
+def _row(name: str, row: Attribution, interval: Interval) -> tables.Row:
+  damping = "" if row.damping is None else f"{row.damping:g} relative"
+  mean, low, high = map(float, interval)
+  return tables.Row(
+    name.partition("@")[0].partition(",")[0],
+    mean,
+    low,
+    high,
+    labels=row.labels,
+    damping=damping,
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)

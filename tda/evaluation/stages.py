@@ -1,0 +1,121 @@
+"""The stages that the experiments share: train, attribute, retrain.
+
+Each is computed once for a working folder and read from it afterwards.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tda import checkpoints, streams
+from tda.attribution import methods
+from tda.curvature import labels as labels_lib
+from tda.evaluation import retraining
+from tda.evaluation.problem import Problem, Setting
+from tda.evaluation.workdir import Workdir
+from tda.inverse import spectral
+
+PyTree = Any
+SPECTRAL = ("diagonal", "kfac", "ekfac")
+
+
+def trained(problem: Problem, workdir: Workdir) -> PyTree:
+  """The parameters that are attributed, trained on all the data."""
+  n = streams.rows(problem.dataset.train)
+  key = problem.key_for("attributed model")
+  folder = workdir.folder("params")
+  if checkpoints.exists(folder):
+    like = jax.eval_shape(problem.train, jnp.ones(n), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+    return checkpoints.load(folder, zeros)
+  with workdir.timed("train"):
+    params = jax.block_until_ready(jax.jit(problem.train)(jnp.ones(n), key))
+    checkpoints.save(folder, params)
+  return params
+
+
+class Attribution(NamedTuple):
+  """One row of the table."""
+
+  scores: np.ndarray  # [N, Q]
+  labels: str  # of the curvature; empty for methods without one
+  damping: float | None  # relative
+
+
+def attributed(
+  problem: Problem, params: PyTree, workdir: Workdir
+) -> dict[str, Attribution]:
+  """Scores of every method, by name.
+
+  Those of the sweep are called "METHOD@DAMPING" and "METHOD@DAMPING, LABELS".
+  """
+  setting = problem.setting
+  rows: dict[str, Attribution] = {}
+  for labels, dampings, chosen in _rounds(setting):
+
+    def compute(labels=labels, dampings=dampings, chosen=chosen):
+      found = methods.attribute(
+        problem.objective,
+        params,
+        problem.dataset.train,
+        dict(problem.queries),
+        methods=chosen,
+        labels=labels,
+        dampings=[spectral.relative(d) for d in dampings],
+        key=problem.key_for(f"labels {labels}"),
+        measurement=problem.measurement,
+        loop=streams.Loop(setting.fit_batch_size, label=f"{labels} labels"),
+      )
+      return {name: scores.values for name, scores in found.items()}
+
+    main = chosen == setting.methods
+    stage = "scores" if main else f"scores_{labels.replace(':', '_')}"
+    for name, values in workdir.stage(stage, compute).items():
+      method, _, damping = name.partition("@")
+      known = method in SPECTRAL
+      suffix = "" if labels == setting.labels else f", {labels}"
+      rows[name + suffix] = Attribution(
+        values,
+        labels if known else "",
+        float(damping or dampings[0]) if known else None,
+      )
+  return rows
+
+
+def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
+  """The bank on random subsets: "weights" [M, N], "value" [M, R, Q], ..."""
+  setting = problem.setting
+  n = streams.rows(problem.dataset.train)
+  weights = retraining.subsets(
+    problem.key_for("subsets"), n, setting.subsets, setting.subset_fraction
+  )
+
+  def compute():
+    measured = retraining.bank(
+      problem.train,
+      problem.measure,
+      weights,
+      jax.random.split(problem.key_for("bank"), setting.retrain_seeds),
+      directory=workdir.folder("bank_parts"),
+      label="retrain",
+    )
+    return {"weights": np.asarray(weights), **measured}
+
+  return workdir.stage("bank", compute)
+
+
+def _rounds(
+  setting: Setting,
+) -> list[tuple[str, tuple[float, ...], tuple[str, ...]]]:
+  """(labels, dampings, methods): the main round, then the sweep's."""
+  rounds = [(setting.labels, (setting.damping,), setting.methods)]
+  inverses = tuple(m for m in setting.methods if m in SPECTRAL)
+  dampings = tuple(setting.sweep_dampings) or (setting.damping,)
+  for labels in setting.sweep_labels if inverses else ():
+    same = labels_lib.parse(labels) == labels_lib.parse(setting.labels)
+    chosen = [d for d in dampings if not (same and d == setting.damping)]
+    if chosen:
+      rounds.append((labels, tuple(chosen), inverses))
+  return rounds
