@@ -55,7 +55,7 @@ def main(_) -> None:
 
 def _draw(task: Problem, folder, rows, predicted, bank, intervals, ceiling):
   """LDS bars, predictions of a few queries, and what matters to them."""
-  main = {k: tuple(map(float, intervals[k])) for k in task.setting.methods}
+  main = {k: _triple(intervals[k]) for k in task.setting.methods}
   figures.lds_bars(folder / "lds.png", main, ceiling=ceiling)
   best = max(main, key=lambda name: main[name][0])
   some = _spread_queries(bank["value"])
@@ -84,20 +84,19 @@ def _spread_queries(value: np.ndarray) -> np.ndarray:
   return np.argsort(-spread_Q)[:MAIN_FIGURE_QUERIES]
 
 
+def _triple(interval: Interval) -> tuple[float, float, float]:
+  return float(interval.mean), float(interval.low), float(interval.high)
+
+
 def _numbers(interval: Interval) -> Mapping[str, float]:
   return {k: float(x) for k, x in interval._asdict().items()}
 
 
 def _row(name: str, row: Attribution, interval: Interval) -> tables.Row:
   damping = "" if row.damping is None else f"{row.damping:g} relative"
-  mean, low, high = map(float, interval)
+  method = name.partition("@")[0].partition(",")[0]
   return tables.Row(
-    name.partition("@")[0].partition(",")[0],
-    mean,
-    low,
-    high,
-    labels=row.labels,
-    damping=damping,
+    method, *_triple(interval), labels=row.labels, damping=damping
   )
 
 

@@ -110,7 +110,9 @@ def _rounds(
   setting: Setting,
 ) -> list[tuple[str, tuple[float, ...], tuple[str, ...]]]:
   """(labels, dampings, methods): the main round, then the sweep's."""
-  rounds = [(setting.labels, (setting.damping,), setting.methods)]
+  rounds: list[tuple[str, tuple[float, ...], tuple[str, ...]]] = [
+    (setting.labels, (setting.damping,), setting.methods)
+  ]
   inverses = tuple(m for m in setting.methods if m in SPECTRAL)
   dampings = tuple(setting.sweep_dampings) or (setting.damping,)
   for labels in setting.sweep_labels if inverses else ():
