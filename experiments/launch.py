@@ -41,5 +41,6 @@ def workdir(binary: str, chosen: Setting) -> Workdir:
   folder = _WORKDIR.value or str(default)
   devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
   process = f"process {jax.process_index()} of {jax.process_count()}"
-  logging.info("%s, %s; results in %s", process, devices, folder)
+  print(f"{process}, {devices}; results in {folder}")
+  logging.set_verbosity(logging.WARNING)  # checkpointing reports every step
   return Workdir(folder, dataclasses.asdict(chosen))

@@ -72,15 +72,15 @@ def attributed(
 
     main = chosen == setting.methods
     stage = "scores" if main else f"scores_{labels.replace(':', '_')}"
-    for name, values in workdir.stage(stage, compute).items():
-      method, _, damping = name.partition("@")
-      known = method in SPECTRAL
+    for entry, values in workdir.stage(stage, compute).items():
+      method, _, named = entry.partition("@")
+      if method not in SPECTRAL:
+        rows[method] = Attribution(values, "", None)
+        continue
+      damping = float(named or dampings[0])
       suffix = "" if labels == setting.labels else f", {labels}"
-      rows[name + suffix] = Attribution(
-        values,
-        labels if known else "",
-        float(damping or dampings[0]) if known else None,
-      )
+      name = method if main else f"{method}@{damping:g}{suffix}"
+      rows[name] = Attribution(values, labels, damping)
   return rows
 
 
