@@ -37,10 +37,10 @@ def setting() -> Setting:
 
 def workdir(binary: str, chosen: Setting) -> Workdir:
   """The folder of the run, which holds its config from now on."""
+  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
   default = pathlib.Path("workdir", binary, chosen.name)
   folder = _WORKDIR.value or str(default)
   devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
   process = f"process {jax.process_index()} of {jax.process_count()}"
   print(f"{process}, {devices}; results in {folder}")
-  logging.set_verbosity(logging.WARNING)  # checkpointing reports every step
   return Workdir(folder, dataclasses.asdict(chosen))

@@ -123,8 +123,8 @@ def build(setting: Setting, size: int | None = None) -> Problem:
     setting.dataset,
     data_dir=setting.data_dir or None,
     seed=setting.seed,
-    train_size=setting.train_size or None,
-    test_size=setting.test_size or None,
+    train_size=setting.train_size,
+    test_size=setting.test_size,
   )
   if setting.label_noise:
     dataset = datasets.relabel(dataset, setting.label_noise, setting.seed)

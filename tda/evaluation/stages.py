@@ -53,7 +53,7 @@ def attributed(
   """
   setting = problem.setting
   rows: dict[str, Attribution] = {}
-  for labels, dampings, chosen in _rounds(setting):
+  for i, (labels, dampings, chosen) in enumerate(_rounds(setting)):
 
     def compute(labels=labels, dampings=dampings, chosen=chosen):
       found = methods.attribute(
@@ -70,7 +70,7 @@ def attributed(
       )
       return {name: scores.values for name, scores in found.items()}
 
-    main = chosen == setting.methods
+    main = i == 0
     stage = "scores" if main else f"scores_{labels.replace(':', '_')}"
     for entry, values in workdir.stage(stage, compute).items():
       method, _, named = entry.partition("@")
