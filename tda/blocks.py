@@ -8,17 +8,17 @@ and block coordinates, and are each other's transpose.
 """
 
 import collections
+import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tda.tracing import finding
-from tda.tracing.uses import Origin, Path, Program, Use
+from tda.tracing import finding, sharing
+from tda.tracing.uses import Program, Use, pull
 
 Array = jax.Array
 PyTree: TypeAlias = Any
@@ -106,33 +106,47 @@ def trace(
     strict: raise if a tracked parameter is generic or unused.
 
   Raises:
-    ValueError: parameters that are not floating; a pattern that matches
-      nothing; under `strict`, the parameters no site covers and why.
+    ValueError: parameters that are not floating; a function that fails on one
+      example; a pattern that matches nothing; under `strict`, the parameters
+      no site covers and why.
   """
   paths, treedef = jax.tree_util.tree_flatten_with_path(params)
   names = tuple(
-    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths
+    jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+    for path, _ in paths
   )
   _check_floating(names, [leaf for _, leaf in paths])
-  program = finding.find(fn, params, example)
+  with on_one_example("the function", example):
+    program = finding.find(fn, params, example)
   leaves = tuple(
     jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in paths
   )
   with jax.ensure_compile_time_eval():
     blocks = _assemble(program, names, leaves)
-  kept = {b.name: b for b in blocks if _selected(b.name, select)}
+  patterns = _patterns(select, [block.name for block in blocks])
+  kept = {b.name: b for b in blocks if _matches(b.name, patterns)}
   omitted = {b.name: b for b in blocks if b.name not in kept}
-  if not kept:
-    raise ValueError(
-      f"select={select!r} matches none of the blocks {[b.name for b in blocks]}"
-    )
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), example
   )
   found = Trace(program, kept, omitted, names, leaves, treedef, shapes)
   if strict:
-    _check_covered(found)
+    _check_covered(found, patterns)
   return found
+
+
+@contextlib.contextmanager
+def on_one_example(name: str, example: PyTree) -> Iterator[None]:
+  """Says of what fails inside that it was called with ONE example."""
+  try:
+    yield
+  except Exception as error:
+    raise ValueError(
+      f"{name} failed on ONE example, of shapes "
+      f"{jax.tree.map(jnp.shape, example)}: {error}\nIf it takes a batch, pass "
+      "`lambda params, example: loss(params, jax.tree.map(lambda x: x[None], "
+      "example))` instead, and have it return one number."
+    ) from error
 
 
 def to_blocks(found: Trace, tree: PyTree) -> Blocks:
@@ -173,7 +187,7 @@ def leaf_gradient(found: Trace, block: Block, use: Use, grad: Array) -> Array:
   """
   shape = found.leaves[use.origin.leaf].shape
   like = jax.ShapeDtypeStruct(shape, grad.dtype)
-  push = jax.linear_transpose(lambda leaf: _pull_use(use, [leaf]), like)
+  push = jax.linear_transpose(lambda leaf: pull(use, [leaf]), like)
   return push(grad)[0].reshape(block.shape)
 
 
@@ -185,23 +199,7 @@ def tap_stack(found: Trace, use: Use) -> tuple[int, ...]:
 def _pull(block: Block, leaves: Sequence[Array]) -> Array:
   if not block.aligned:
     return leaves[0].reshape(block.shape)
-  return _pull_use(block.uses[0], leaves)
-
-
-def _pull_use(use: Use, leaves: Sequence[Array]) -> Array:
-  depth = len(use.origin.scans)
-  matrix = _mapped(use.form.matrix, depth)(use.origin.pull(leaves[0]))
-  if use.bias is None:
-    return matrix
-  column = _mapped(use.bias.column, depth)
-  bias = column(use.bias.origin.pull(leaves[1]))
-  return jnp.concatenate([matrix, bias], axis=-1)
-
-
-def _mapped(fn: Callable, depth: int) -> Callable:
-  for _ in range(depth):
-    fn = jax.vmap(fn)
-  return fn
+  return pull(block.uses[0], leaves)
 
 
 # Assembling blocks from uses.
@@ -212,40 +210,37 @@ def _assemble(
   names: Sequence[str],
   leaves: Sequence[jax.ShapeDtypeStruct],
 ) -> list[Block]:
-  """Groups uses that share entries of a leaf; one block per group."""
-  cells = _cells(program.uses, leaves)
-  uses = _settle_biases(program.uses, cells)
-  groups: dict[tuple[int, int], list[Use]] = collections.defaultdict(list)
-  for use in sorted(uses, key=lambda use: use.path):
-    groups[cells[use.path, use.operand]].append(use)
-  parts = collections.Counter(leaf for leaf, _ in groups)
-  blocks, seen = [], collections.Counter[int]()
-  for (leaf, _), members in groups.items():
-    name = names[leaf]
-    if parts[leaf] > 1:
-      name = f"{name}[{seen[leaf]}]"
-      seen[leaf] += 1
-    blocks.append(_block(name, members, program, names, leaves[leaf]))
+  """One block per group of uses that share entries of a leaf."""
+  groups = sharing.groups(program, leaves)
+  parts: dict[int, list[int]] = collections.defaultdict(list)
+  for group in groups:
+    parts[group.leaf].append(group.part)
+  blocks = []
+  for group in groups:
+    name = names[group.leaf]
+    if len(parts[group.leaf]) > 1:
+      name = f"{name}[{sorted(parts[group.leaf]).index(group.part)}]"
+    blocks.append(_block(name, group, program, names, leaves[group.leaf]))
   return blocks
 
 
 def _block(
   name: str,
-  uses: Sequence[Use],
+  group: sharing.Group,
   program: Program,
   names: Sequence[str],
   leaf: jax.ShapeDtypeStruct,
 ) -> Block:
-  first = uses[0]
+  uses, first = group.uses, group.uses[0]
   shared = len(uses) > 1 or first.origin.repeats
   reason = "; ".join(sorted({use.reason for use in uses if use.reason}))
   covered: tuple[str, ...] = (names[first.origin.leaf],)
-  if not _aligned(uses, leaf):
+  if not group.aligned:
     size = math.prod(leaf.shape)
     reason = reason or "is used in more than one layout"
     return Block(
-      name, "diagonal", (), (1, size, 1), False, covered, tuple(uses), True,
-      False, reason,
+      name, "diagonal", (), (1, size, 1), False, covered, uses, True, False,
+      reason,
     )  # fmt: skip
   groups, outputs, inputs = first.form.shape
   bias = first.bias is not None
@@ -257,82 +252,9 @@ def _block(
     kind = "diagonal"
   stack = tuple(program.lengths[path] for path in first.origin.scans)
   return Block(
-    name, kind, stack, (groups, outputs, inputs), bias, covered, tuple(uses),
-    shared, True, reason,
+    name, kind, stack, (groups, outputs, inputs), bias, covered, uses, shared,
+    True, reason,
   )  # fmt: skip
-
-
-def _aligned(uses: Sequence[Use], leaf: jax.ShapeDtypeStruct) -> bool:
-  """Whether every use sees the same entries at the same coordinates."""
-  if len(uses) == 1:
-    return True
-  first, *rest = (
-    (u.form.kind, u.form.shape, len(u.origin.scans)) for u in uses
-  )
-  if any(kind != first for kind in rest):
-    return False
-  table = jnp.arange(math.prod(leaf.shape)).reshape(leaf.shape)
-  alone = [use._replace(bias=None) for use in uses]
-  places = [np.asarray(_pull_use(use, [table])) for use in alone]
-  return all(np.array_equal(places[0], other) for other in places[1:])
-
-
-def _cells(
-  uses: Sequence[Use], leaves: Sequence[jax.ShapeDtypeStruct]
-) -> dict[tuple[Path, int], tuple[int, int]]:
-  """Which uses share entries: (path, operand) -> (leaf, part of the leaf).
-
-  A merged bias counts as a use at the path of its addition.
-  """
-  by_leaf: dict[int, list[tuple[tuple[Path, int], Origin]]] = {}
-  for use in uses:
-    for one in (use, use.bias.alone) if use.bias else (use,):
-      by_leaf.setdefault(one.origin.leaf, []).append(
-        ((one.path, one.operand), one.origin)
-      )
-  cells: dict[tuple[Path, int], tuple[int, int]] = {}
-  for leaf, members in by_leaf.items():
-    if len(members) == 1:
-      cells[members[0][0]] = (leaf, 0)
-      continue
-    shape = leaves[leaf].shape
-    table = jnp.arange(math.prod(shape)).reshape(shape)
-    owner = np.full(math.prod(shape), -1)
-    merged = list(range(len(members)))
-    for i, (_, origin) in enumerate(members):
-      entries = np.asarray(origin.pull(table)).reshape(-1)
-      for other in np.unique(owner[entries]):
-        if other >= 0:
-          merged = [i if m == merged[other] else m for m in merged]
-      owner[entries] = i
-    for (key, _), part in zip(members, merged, strict=True):
-      cells[key] = (leaf, part)
-  return cells
-
-
-def _settle_biases(
-  uses: Sequence[Use], cells: Mapping[tuple[Path, int], tuple[int, int]]
-) -> list[Use]:
-  """Keeps a bias merged only where weight and bias always come together."""
-  partners: dict[tuple[int, int], set] = collections.defaultdict(set)
-  key = lambda use: cells[use.path, use.operand]
-  for use in uses:
-    if use.bias is None:
-      partners[key(use)].add(None)
-    else:
-      partners[key(use)].add(key(use.bias.alone))
-      partners[key(use.bias.alone)].add(key(use))
-  settled = []
-  for use in uses:
-    if use.bias is None:
-      settled.append(use)
-      continue
-    alone = use.bias.alone
-    if len(partners[key(use)]) == len(partners[key(alone)]) == 1:
-      settled.append(use)
-    else:
-      settled += [use._replace(bias=None), alone]
-  return settled
 
 
 # Checks.
@@ -348,12 +270,28 @@ def _check_floating(names: Sequence[str], leaves: Sequence[Any]) -> None:
       )
 
 
-def _selected(name: str, select: str | Sequence[str] | None) -> bool:
+def _patterns(
+  select: str | Sequence[str] | None, names: Sequence[str]
+) -> Sequence[str]:
+  if not names:
+    raise ValueError("the function has no gradient by any of its parameters")
+  if select is None:
+    return ["*"]
   patterns = [select] if isinstance(select, str) else select
-  return patterns is None or any(fnmatch.fnmatch(name, p) for p in patterns)
+  for pattern in patterns:
+    if not any(_matches(name, [pattern]) for name in names):
+      raise ValueError(
+        f"select={pattern!r} matches none of the blocks {list(names)}"
+      )
+  return patterns
 
 
-def _check_covered(found: Trace) -> None:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+  """By pattern or exactly: names of parts of a leaf contain brackets."""
+  return any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _check_covered(found: Trace, patterns: Sequence[str]) -> None:
   generic = [
     f"{block.name} {block.reason}"
     for block in found.blocks.values()
@@ -362,7 +300,9 @@ def _check_covered(found: Trace) -> None:
   every = {**found.blocks, **found.omitted}
   used = {leaf for block in every.values() for leaf in block.leaves}
   generic += [
-    f"{name} is never used" for name in found.names if name not in used
+    f"{name} is never used"
+    for name in found.names
+    if name not in used and _matches(name, patterns)
   ]
   if generic:
     raise ValueError(

@@ -7,13 +7,17 @@ with the shardings of the arrays given as an example, so a checkpoint moves
 between device counts.
 """
 
+import json
 import pathlib
 import shutil
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from tda import parts
 
 PyTree: TypeAlias = Any
 
@@ -28,13 +32,19 @@ def save(directory: str, tree: PyTree) -> None:
   old = _numbers(directory)
   path = _path(directory, max(old, default=-1) + 1)
   path.parent.mkdir(parents=True, exist_ok=True)
-  ocp.save(path, jax.tree.map(jnp.asarray, tree))
+  tree = jax.tree.map(jnp.asarray, tree)
+  with parts.replacing(_contents(path)) as file:
+    file.write(json.dumps(_described(tree)).encode())
+  ocp.save(path, tree)
   for number in old:
     shutil.rmtree(_path(directory, number), ignore_errors=True)
+    _contents(_path(directory, number)).unlink(missing_ok=True)
 
 
 def load(directory: str, like: PyTree) -> PyTree:
   """Reads a pytree of the structure, shapes, dtypes and shardings of `like`.
+
+  Arrays that are not committed to a device in `like` are not in the result.
 
   Raises:
     ValueError: nothing there, or a checkpoint of something else.
@@ -42,19 +52,40 @@ def load(directory: str, like: PyTree) -> PyTree:
   if not exists(directory):
     raise ValueError(f"there is no checkpoint in {directory}")
   path = _path(directory, max(_numbers(directory)))
+  like = jax.tree.map(jnp.asarray, like)
+  found, expected = json.loads(_contents(path).read_text()), _described(like)
+  other = [
+    f"{name}: {found.get(name)} there, {expected.get(name)} here"
+    for name in sorted({*found, *expected})
+    if found.get(name) != expected.get(name)
+  ]
+  if other:
+    raise ValueError(
+      f"the checkpoint {path} is of something else ({', '.join(other)}). Give "
+      "this run another directory, or delete that one"
+    )
 
   def abstract(x):
-    x = jnp.asarray(x)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-  try:
-    found = ocp.load(path, jax.tree.map(abstract, like))
-  except (KeyError, ValueError) as error:
-    raise ValueError(
-      f"the checkpoint {path} is not of this structure: {error}. Give this run "
-      "another directory, or delete that one"
-    ) from error
-  return found
+  def settle(x, like):
+    return x if like.committed else jnp.asarray(np.asarray(x))
+
+  read = ocp.load(path, jax.tree.map(abstract, like))
+  return jax.tree.map(settle, read, like)
+
+
+def _described(tree: PyTree) -> dict[str, str]:
+  """Type and shape of every array, by its path."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
+    for path, x in leaves
+  }
+
+
+def _contents(path: pathlib.Path) -> pathlib.Path:
+  return path.with_suffix(".json")
 
 
 def _numbers(directory: str) -> list[int]:

@@ -14,7 +14,7 @@ Accumulation is in float32, or in float64 when the gradients are.
 
 import dataclasses
 import functools
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -86,11 +86,9 @@ def gradient(factors: Factors) -> Array:
       lambda i, d: _rows(factors.rows, i, d, accumulator(d.dtype))
     )
     return rows(ids_BxT, dy_BxTxO).swapaxes(1, 2)[:, None]
-  grad_BxGxOxI = _einsum("bgto,bgti->bgoi", factors.dy, factors.a)
-  if not factors.bias:
-    return grad_BxGxOxI
-  bias_BxGxO = _total(factors.dy, (2,))
-  return jnp.concatenate([grad_BxGxOxI, bias_BxGxO[..., None]], axis=-1)
+  grad_BxGxOxI, *bias_BxGxO = _gradient_parts(factors)
+  columns = [bias[..., None] for bias in bias_BxGxO]
+  return jnp.concatenate([grad_BxGxOxI, *columns], axis=-1)
 
 
 def moments(factors: Factors, lanes: Array | None, diagonal: bool) -> Moments:
@@ -152,6 +150,11 @@ def rotate(
       grad = _einsum("bgoi,gop->bgpi", grad, outputs)
     return Dense(grad)
   if isinstance(factors, Lookup):
+    if inputs is not None:
+      raise ValueError(
+        "the inputs of a lookup are one-hot and keep their basis; got one of "
+        f"shape {inputs.shape}"
+      )
     if outputs is None:
       return factors
     dy = _project(factors.dy[:, None], outputs)[:, 0]
@@ -170,36 +173,67 @@ def rotate(
 
 def dot(factors: Factors, directions: Array) -> Array:
   """Inner products [B, Q] with directions [Q, G, O, I]."""
-  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+  queries = directions.shape[0]
+  flat = lambda x: x.reshape(x.shape[0], -1)
+  if not isinstance(factors, Outer):
+    return _matmul(flat(gradient(factors)), flat(directions).T)
+  batch, _, positions, width = factors.a.shape
+  if positions == 1 and queries < width:
     return _dot_single(factors, directions)
-  grad = gradient(factors)
-  flat = grad.reshape(grad.shape[0], -1)
-  return _matmul(flat, directions.reshape(directions.shape[0], -1).T)
+  if not factors.bias or batch < queries:
+    return _matmul(flat(gradient(factors)), flat(directions).T)
+  grad, bias = _gradient_parts(factors)
+  weights, column = directions[..., :width], directions[..., width]
+  return _matmul(flat(grad), flat(weights).T) + _matmul(
+    flat(bias), flat(column).T
+  )
 
 
 def squares(factors: Factors) -> Array:
   """Sum over the batch of squared per-example gradients [G, O, I]."""
-  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+  if not isinstance(factors, Outer):
+    return jnp.sum(jnp.square(gradient(factors)), axis=0)
+  if factors.a.shape[2] == 1:
     return gradient_sum(_squared(factors))
-  grad = gradient(factors)
-  return jnp.sum(jnp.square(grad), axis=0)
+  grad, *bias = (jnp.square(x).sum(axis=0) for x in _gradient_parts(factors))
+  return jnp.concatenate([grad, *(x[..., None] for x in bias)], axis=-1)
 
 
 def weighted_norm(factors: Factors, weights: Array) -> Array:
   """sum(weights * gradient²) of each example [B]; weights [G, O, I]."""
   if isinstance(factors, Outer) and factors.a.shape[2] == 1:
     return dot(_squared(factors), weights[None])[:, 0]
-  grad = gradient(factors)
-  return _einsum("bgoi,goi->b", jnp.square(grad), weights)
+  squared = jnp.square(gradient(factors))
+  return _matmul(squared.reshape(squared.shape[0], -1), weights.reshape(-1))
 
 
 def norm(factors: Factors) -> Array:
   """Squared Euclidean norm of each example's gradient [B]."""
-  if isinstance(factors, Outer) and factors.a.shape[2] == 1:
+  if not isinstance(factors, Outer):
+    return jnp.sum(jnp.square(gradient(factors)), axis=(1, 2, 3))
+  if factors.a.shape[2] == 1:
     a, dy = _upcast(factors.a), _upcast(factors.dy)
     a2_BxG = jnp.sum(jnp.square(a), axis=(2, 3)) + float(factors.bias)
     return jnp.sum(a2_BxG * jnp.sum(jnp.square(dy), axis=(2, 3)), axis=1)
-  return jnp.sum(jnp.square(gradient(factors)), axis=(1, 2, 3))
+  flat = (x.reshape(x.shape[0], -1) for x in _gradient_parts(factors))
+  return sum(jnp.square(x).sum(axis=1) for x in flat)
+
+
+def entries(factors: Factors, directions: Any = None) -> int:
+  """Entries per example that the products above form beyond the factors.
+
+  They are those of the gradient, or with a single position those of the
+  output side for each of the `directions` [Q, G, O, I] of a dot product.
+  """
+  if isinstance(factors, Dense):
+    return 0
+  if isinstance(factors, Lookup):
+    return factors.rows * factors.dy.shape[-1]
+  _, groups, positions, inputs = factors.a.shape
+  if positions == 1:
+    queries = 0 if directions is None else directions.shape[0]
+    return groups * factors.dy.shape[-1] * min(queries, inputs)
+  return groups * factors.dy.shape[-1] * (inputs + factors.bias)
 
 
 def gradient_sum(factors: Outer) -> Array:
@@ -213,19 +247,34 @@ def gradient_sum(factors: Outer) -> Array:
 
 def _dot_single(factors: Outer, directions: Array) -> Array:
   """Contract the inputs, then the outputs: no gradient is formed."""
-  a_BxGxI, dy_BxGxO = factors.a[:, :, 0], factors.dy[:, :, 0]
-  width = a_BxGxI.shape[-1]
-  batch, groups = a_BxGxI.shape[:2]
-  queries, _, outputs, _ = directions.shape
-  if groups == 1:
-    table = directions[:, 0, :, :width].reshape(-1, width)
-    hidden = _matmul(_upcast(a_BxGxI[:, 0]), table.T)
-    hidden = hidden.reshape(batch, queries, 1, outputs)
+  a_BxGxI, dy_BxGxO = _upcast(factors.a[:, :, 0]), factors.dy[:, :, 0]
+  batch, groups, _ = a_BxGxI.shape
+  queries, _, outputs, inputs = directions.shape
+  if factors.bias:  # a smaller copy than that of directions without it
+    one = jnp.ones((batch, groups, 1), a_BxGxI.dtype)
+    a_BxGxI = jnp.concatenate([a_BxGxI, one], axis=-1)
+  if groups > 1:
+    hidden = _einsum("bgi,qgoi->bqgo", a_BxGxI, directions)
+    return _einsum("bqgo,bgo->bq", hidden, dy_BxGxO)
+  hidden = _matmul(a_BxGxI[:, 0], directions.reshape(-1, inputs).T)
+  hidden_BxQxO = hidden.reshape(batch, queries, outputs)
+  return _einsum("bqo,bo->bq", hidden_BxQxO, dy_BxGxO[:, 0])
+
+
+def _gradient_parts(factors: Outer) -> tuple[Array, ...]:
+  """Gradients [B, G, O, I] without the bias, and if it has one its [B, G, O].
+
+  Apart because joining them copies the larger one.
+  """
+  a_BxGxTxI, dy_BxGxTxO = factors.a, factors.dy
+  if a_BxGxTxI.shape[2] == 1:
+    a, dy = _upcast(a_BxGxTxI[:, :, 0]), _upcast(dy_BxGxTxO[:, :, 0])
+    grad_BxGxOxI = dy[..., None] * a[:, :, None]
   else:
-    hidden = _einsum("bgi,qgoi->bqgo", a_BxGxI, directions[..., :width])
-  if factors.bias:
-    hidden = hidden + directions[None, ..., width]
-  return _einsum("bqgo,bgo->bq", hidden, dy_BxGxO)
+    grad_BxGxOxI = _einsum("bgto,bgti->bgoi", dy_BxGxTxO, a_BxGxTxI)
+  if not factors.bias:
+    return (grad_BxGxOxI,)
+  return grad_BxGxOxI, _total(dy_BxGxTxO, (2,))
 
 
 def _squared(factors: Outer) -> Outer:

@@ -43,9 +43,9 @@ def backward_pass(
 
   Returns:
     run(params, batch, operands=None, key=None) -> (statistics by block, finite
-    [B]): whose outputs and cotangents are finite. Operands go to the
-    statistic. Sampled labels need the key; an example's draws depend on it and
-    on the example's position in the dataset alone.
+    [B]): whose outputs and cotangents, and loss if empirical, are finite.
+    Operands go to the statistic. Sampled labels need the key; an example's
+    draws depend on it and on the example's position in the dataset alone.
   """
   if labels.kind != "empirical" and statistic.per_example:
     raise ValueError(
@@ -62,6 +62,10 @@ def backward_pass(
       keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.positions)
     cotangents_BxK = jax.vmap(pseudo)(outputs, batch.rows, keys)
     finite = _finite(outputs) & _finite(cotangents_BxK)
+    if labels.kind == "empirical":
+      # A label out of range makes the loss NaN and leaves its gradient finite.
+      targets = jax.vmap(objective.target)(batch.rows)
+      finite &= _finite(jax.vmap(objective.likelihood.loss)(outputs, targets))
     cotangents_KxB = cotangents_BxK.swapaxes(0, 1).astype(outputs.dtype)
     if cotangents_KxB.shape[0] == 1:
       return backward(cotangents_KxB[0]), finite
@@ -86,7 +90,7 @@ def total(found: Trace, run: Pass) -> Fold:
   def init(args):
     batched = lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
     rows = jax.tree.map(batched, found.example)
-    batch = Batch(rows, jax.ShapeDtypeStruct((1,), jnp.int32), None)
+    batch = Batch(rows, jnp.zeros(1, jnp.int32), None)
     params, operands, key = args
     shapes, _ = jax.eval_shape(run, params, batch, operands, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -114,14 +118,24 @@ def of_measurement(
   found: Trace, measurement: Callable[[PyTree, PyTree], Array]
 ) -> Callable[[PyTree, Batch], tuple[Blocks, Array]]:
   """Gradients of any scalar function of (params, example), in the blocks of
-  `found`, which may be the trace of another function of the same params."""
+  `found`, which may be the trace of another function of the same params.
+
+  Tracing raises ValueError if the function fails on one example or returns
+  anything but a scalar.
+  """
+
+  def scalar(params, example):
+    with blocks.on_one_example("the measurement", example):
+      value = jnp.asarray(measurement(params, example))
+      if value.shape:
+        raise ValueError(f"it returned shape {value.shape}, not a scalar")
+    return value
 
   def gradients(params, batch):
-    one = jax.value_and_grad(measurement)
+    one = jax.value_and_grad(scalar)
     values, grads = jax.vmap(one, (None, 0))(params, batch.rows)
-    return jax.vmap(lambda g: blocks.to_blocks(found, g))(grads), (
-      jnp.isfinite(values)
-    )
+    found_blocks = jax.vmap(lambda g: blocks.to_blocks(found, g))(grads)
+    return found_blocks, jnp.isfinite(values)
 
   return gradients
 

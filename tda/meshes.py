@@ -39,14 +39,36 @@ def spread(batch: PyTree, over: Mesh | None) -> PyTree:
   """Puts a host batch on devices, rows split over the data axis."""
   if over is None:
     return jax.device_put(batch)
-  return jax.device_put(batch, NamedSharding(over, P("data")))
+  rows = NamedSharding(over, P("data"))
+  return jax.tree.map(lambda x: _placed(x, rows), batch)
 
 
 def replicate(tree: PyTree, over: Mesh | None) -> PyTree:
-  """Puts a copy of every array on every device of the mesh."""
+  """Puts a copy of every array on every device of the mesh.
+
+  What the caller has placed on its devices stays as it is, and so do keys,
+  which jit copies, and leaves that are no arrays.
+  """
   if over is None:
-    return jax.device_put(tree)
-  return jax.device_put(tree, NamedSharding(over, P()))
+    return tree
+  whole, devices = NamedSharding(over, P()), set(over.devices.flat)
+
+  def put(x):
+    if isinstance(x, jax.Array):
+      is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+      settled = is_key or x.sharding.device_set == devices
+    else:
+      settled = not isinstance(x, np.ndarray | np.generic)
+    return x if settled else _placed(x, whole)
+
+  return jax.tree.map(put, tree)
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.Array:
+  """A host array on devices, without a word to the other processes."""
+  x = np.asarray(x)
+  x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -125,33 +125,69 @@ def convolution(
   return Form("matrix", (groups, outputs, inputs), factors, matrix, output)
 
 
+def row_axis(sizes: Sequence[int], table: Sequence[int]) -> int | None:
+  """The axis along which a slice of a table is one row; None if not a row.
+
+  A row has entries along one axis at most: slices that are matrices, such as
+  the weights of one expert, have no outputs to keep second moments of.
+  """
+  partial = [d for d, size in enumerate(sizes) if size != table[d]]
+  if len(partial) != 1 or sizes[partial[0]] != 1:
+    return None
+  return partial[0] if sum(size > 1 for size in sizes) <= 1 else None
+
+
 def gather(
   params: dict[str, Any], shapes: Sequence[tuple[int, ...]]
 ) -> Form | None:
   """Rows of a table by index: the inputs are one-hot and never formed.
 
-  None when the gather is not a lookup of whole slices along one axis.
+  None when the gather is not a lookup of whole rows.
   """
-  numbers = params["dimension_numbers"]
+  numbers, mode = params["dimension_numbers"], str(params["mode"]).lower()
   table, indices = shapes[0], shapes[1]
-  if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+  axis = row_axis(params["slice_sizes"], table)
+  starts = numbers.start_index_map
+  if axis is None or axis not in starts or numbers.operand_batching_dims:
     return None
-  (axis,) = numbers.start_index_map
-  whole = (*table[:axis], 1, *table[axis + 1 :])
-  if numbers.collapsed_slice_dims != (axis,) or (
-    tuple(params["slice_sizes"]) != whole
-  ):
+  if len(starts) > 1 and "fill" in mode:
     return None
   rank = len(indices) - 1 + len(numbers.offset_dims)
   y_order = (*_free(rank, numbers.offset_dims, ()), *numbers.offset_dims)
-  outputs = math.prod(whole)
-  rows = table[axis]
-  clip = "clip" in str(params["mode"]).lower()
+  column = starts.index(axis)
+  ids = lambda indices: indices[..., column].reshape(-1)
+  return _lookup(table, axis, ids, y_order, clip="clip" in mode)
 
-  def factors(ids, dy):
-    ids = ids.reshape(-1)
-    ids = jnp.clip(ids, 0, rows - 1) if clip else ids
-    return Lookup(ids, dy.transpose(y_order).reshape(-1, outputs), rows)
+
+def dynamic_slice(
+  params: dict[str, Any], shapes: Sequence[tuple[int, ...]]
+) -> Form | None:
+  """One row of a table; None when the slice is anything else."""
+  axis = row_axis(params["slice_sizes"], shapes[0])
+  if axis is None:
+    return None
+  ids = lambda start: start.reshape(1)
+  return _lookup(shapes[0], axis, ids, range(len(shapes[0])), clip=True)
+
+
+def _lookup(
+  table: Sequence[int],
+  axis: int,
+  ids: Callable[[Array], Array],
+  y_order: Sequence[int],
+  *,
+  clip: bool,
+) -> Form:
+  rows = table[axis]
+  outputs = math.prod(table) // rows
+
+  def factors(indices, dy):
+    ids_T = ids(indices)
+    if clip:
+      ids_T = jnp.clip(ids_T, 0, rows - 1)
+    else:
+      ids_T = jnp.where(ids_T < 0, rows, ids_T)
+    return Lookup(ids_T, dy.transpose(y_order).reshape(-1, outputs), rows)
 
   def matrix(w):
     return jnp.moveaxis(w, axis, -1).reshape(1, outputs, rows)

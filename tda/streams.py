@@ -8,6 +8,7 @@ batch size.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -27,8 +28,8 @@ class Batch(NamedTuple):
   """Rows of a dataset."""
 
   rows: PyTree  # leaves [B, ...]
-  positions: Array  # [B] int32, in the dataset
-  lanes: Array | None  # [B] float32 0/1, 0 for padding; None: all count
+  positions: Array | np.ndarray  # [B] int32, in the dataset
+  lanes: Array | np.ndarray | None  # [B] 0/1, 0 for padding; None: all count
 
 
 class Loop(NamedTuple):
@@ -49,6 +50,14 @@ class Loop(NamedTuple):
   mesh: jax.sharding.Mesh | None = None
   directory: str | None = None
   save_every: float = 60.0
+
+  def stage(self, name: str) -> "Loop":
+    """The loop of one pass of several: its own folder and name on the bar."""
+    folder = name.replace(" ", "_")
+    return self._replace(
+      directory=self.directory and os.path.join(self.directory, folder),
+      label=self.label and f"{self.label} {name}",
+    )
 
 
 class Fold(NamedTuple):
@@ -72,11 +81,16 @@ def fold(
   Raises:
     ValueError: the first example whose outputs are not finite, by index.
   """
-  state, seen = stream.init(params), 0
+  params = meshes.replicate(params, loop.mesh)
+  state, seen = meshes.replicate(stream.init(params), loop.mesh), 0
+
+  def record(seen):
+    count = meshes.replicate(np.int32(seen), loop.mesh)
+    return {"state": state, "seen": count}
+
   if loop.directory is not None and checkpoints.exists(loop.directory):
-    like = {"state": state, "seen": jnp.zeros((), jnp.int32)}
-    found = checkpoints.load(loop.directory, like)
-    state, seen = found["state"], int(found["seen"])
+    found = checkpoints.load(loop.directory, record(seen))
+    state, seen = found["state"], int(meshes.fetch(found["seen"]))
   update = jax.jit(stream.update, donate_argnums=0)
   unchecked: list[tuple[Array, int]] = []
   saved = time.monotonic()
@@ -84,8 +98,7 @@ def fold(
   def save(seen):
     _check_finite(unchecked)
     if loop.directory is not None:
-      seen = jnp.asarray(seen, jnp.int32)
-      checkpoints.save(loop.directory, {"state": state, "seen": seen})
+      checkpoints.save(loop.directory, record(seen))
 
   for batch, start, stop in _batches(data, seen, loop):
     state, finite = update(state, params, batch)
@@ -114,9 +127,14 @@ def each(
   """
   n = rows(data)
   run = jax.jit(fn)
-  store = parts.opened(loop.directory, {"examples": n})
+  params = meshes.replicate(params, loop.mesh)
   totals: list[np.ndarray] = []
-  seen, treedef = 0, None
+  seen, treedef, shapes = 0, None, []
+  if loop.directory is not None:
+    probe = jax.eval_shape(fn, params, _slice(data, np.arange(1), None))[0]
+    treedef = jax.tree.structure(probe)
+    shapes = [(x.shape[1:], str(x.dtype)) for x in jax.tree.leaves(probe)]
+  store = parts.opened(loop.directory, {"examples": n, "values": shapes})
 
   def put(leaves, start, stop):
     if not totals:
@@ -143,9 +161,6 @@ def each(
     waiting = (values, finite, start, stop)
   if waiting is not None:
     keep(*waiting)
-  if treedef is None:
-    probe = _slice(data, np.arange(1), None)
-    treedef = jax.tree.structure(jax.eval_shape(fn, params, probe)[0])
   return jax.tree.unflatten(treedef, totals)
 
 
@@ -213,7 +228,7 @@ def _check_finite(unchecked: list[tuple[Array, int]]) -> None:
     found = meshes.fetch(finite)
     if not found.all():
       raise ValueError(
-        f"the outputs of example {start + int(np.argmin(found))} are not "
-        "finite: look at that row of the data and at the parameters. What was "
-        "saved before it is kept"
+        f"the outputs or gradients of example {start + int(np.argmin(found))} "
+        "are not finite: look at that row of the data and at the parameters. "
+        "What was saved before it is kept"
       )

@@ -14,6 +14,7 @@ Notation: B examples; see `tda.factors` for G, T, I, O.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from tda import blocks, factors
+from tda import blocks, chunks, factors
 from tda.blocks import Block, Trace
 from tda.factors import Factors
 from tda.tracing import evaluating
@@ -43,11 +44,15 @@ class Statistic(NamedTuple):
     linear: whether, for this block, the statistic of a parameter used several
       times is the sum of its uses' statistics. If not, the example's gradient
       is summed over the uses first.
+    footprint: (shapes of the factors of a batch, shapes of the operand) ->
+      entries per example that `compute` holds beyond them and its result. If
+      that is much, a batch is computed in chunks.
   """
 
   compute: Callable[[Block, Factors, Array | None, Any], PyTree]
   per_example: bool
   linear: Callable[[Block], bool]
+  footprint: Callable[[Factors, Any], int] = lambda parts, operand: 0
 
 
 GRADIENT = Statistic(
@@ -146,19 +151,29 @@ def check_structure(found: Trace, params: PyTree, batch: PyTree) -> None:
 
 def check_params(found: Trace, params: PyTree) -> None:
   """Raises ValueError if the parameters are not those that were traced."""
-  if not jax.tree.structure(params) == found.treedef:
+  if found.treedef != jax.tree.structure(params):
     raise ValueError(
       f"params have structure {jax.tree.structure(params)}, but the traced "
       f"function takes {found.treedef}"
     )
+  for name, leaf, one in zip(
+    found.names, jax.tree.leaves(params), found.leaves, strict=True
+  ):
+    given = (jnp.shape(leaf), jnp.result_type(leaf))
+    if given != (one.shape, one.dtype):
+      raise ValueError(
+        f"parameter {name!r} has shape and dtype {given}, but was traced as "
+        f"{(one.shape, one.dtype)}"
+      )
 
 
 def check_rows(found: Trace, batch: PyTree) -> None:
   """Raises ValueError if rows of the data are not the traced example."""
-  if jax.tree.structure(batch) != jax.tree.structure(found.example):
+  traced: Any = jax.tree.structure(found.example)
+  if traced != jax.tree.structure(batch):
     raise ValueError(
       f"the batch has structure {jax.tree.structure(batch)}, but one example "
-      f"of the traced function is {jax.tree.structure(found.example)}"
+      f"of the traced function is {traced}"
     )
   paths, _ = jax.tree_util.tree_flatten_with_path(found.example)
   for (path, one), rows in zip(paths, jax.tree.leaves(batch), strict=True):
@@ -219,10 +234,36 @@ def _tap_shape(
 
 def _collect(tap: _Tap, use: Use, operand, lanes, x, dy) -> PyTree:
   """The statistic of one use, from batched activation and gradient."""
-  parts = jax.vmap(use.form.factors)(x, dy)
-  if use.bias is not None and isinstance(parts, factors.Outer):
-    parts = dataclasses.replace(parts, bias=True)
-  return tap.statistic.compute(tap.block, parts, lanes, operand)
+
+  def normal(x, dy):
+    parts = jax.vmap(use.form.factors)(x, dy)
+    if use.bias is not None and isinstance(parts, factors.Outer):
+      parts = dataclasses.replace(parts, bias=True)
+    return parts
+
+  def compute(rows):
+    lanes, x, dy = rows
+    return tap.statistic.compute(tap.block, normal(x, dy), lanes, operand)
+
+  return chunks.apply(
+    compute,
+    (lanes, x, dy),
+    _chunks(tap.statistic, jax.eval_shape(normal, x, dy), operand, x, dy),
+    per_example=tap.statistic.per_example,
+  )
+
+
+def _chunks(statistic: Statistic, parts: Factors, operand, x, dy) -> int:
+  """So many that a chunk holds no more than what it is computed from."""
+  size, held, formed = dy.shape[0], _entries((x, dy)), _entries(parts)
+  # Patches are cut out and put together: two copies, where they are copies.
+  need = 2 * formed - held if formed > held else 0
+  need += size * statistic.footprint(parts, operand)
+  return chunks.count(size, need / max(held, _entries(operand)))
+
+
+def _entries(tree: PyTree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _tapped(tap: _Tap, use: Use, equation: Callable) -> Callable:
@@ -235,35 +276,32 @@ def _tapped(tap: _Tap, use: Use, equation: Callable) -> Callable:
 
   @collect.def_vmap
   def collect_batch(size, batched, zero, operand, counts, x, dy):
-    _, _, counts_in, x_in, dy_in = batched
-    value = _collect(
-      tap,
-      use,
-      operand,
-      _batch(counts, counts_in, size),
-      _batch(x, x_in, size),
-      _batch(dy, dy_in, size),
-    )
-    per_example = tap.statistic.per_example
-    return value, jax.tree.map(lambda _: per_example, value)
+    _, _, *batched = batched
+    counts, x, dy = _batch((counts, x, dy), tuple(batched), size)
+    if counts is not None:
+      # Not a product: what does not count may be infinite or NaN.
+      x, dy = jax.tree.map(lambda v: evaluating.kept(counts, v), (x, dy))
+    value = _collect(tap, use, operand, counts, x, dy)
+    return value, jax.tree.map(lambda _: tap.statistic.per_example, value)
 
-  @jax.custom_vjp
-  def site(zero, operand, lane, w, x):
+  def primal(zero, operand, lane, w, x):
     if generic:
       return spread(w, lane.token)
     return equation(w, spread(x, lane.token))
 
-  def forward(zero, operand, lane, w, x):
-    return site(zero, operand, lane, w, x), (operand, lane, w, x, zero)
+  def forward(*args):
+    # The equation itself, in sight of the policy of a surrounding remat.
+    return primal(*args), args
 
   def backward(residuals, dy):
-    operand, lane, w, x, zero = residuals
+    zero, operand, lane, w, x = residuals
     value = collect(zero, operand, lane.counts, x, dy)
     dx = None
     if not generic and jnp.issubdtype(jnp.result_type(x), jnp.floating):
       (dx,) = jax.vjp(lambda x: equation(w, x), x)[1](dy)
     return value, None, None, None, dx
 
+  site = jax.custom_vjp(primal)
   site.defvjp(forward, backward)
   return site
 
@@ -306,7 +344,7 @@ def _finish(
     else:
       grads = sum(
         jax.vmap(
-          lambda g, u=tap.uses[0]: blocks.leaf_gradient(found, block, u, g)
+          functools.partial(blocks.leaf_gradient, found, block, tap.uses[0])
         )(values[name, i])
         for i, tap in enumerate(members)
       )

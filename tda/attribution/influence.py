@@ -10,10 +10,11 @@ removal). Any number of responses is scored in one pass over the training set.
 Notation: N training examples, Q queries, B batch.
 """
 
+import dataclasses
+import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from tda import factors, gradients, meshes, streams, taps
 from tda.blocks import Blocks, Trace
 from tda.inverse.spectral import Response
 from tda.likelihoods import Objective
-from tda.scores import CHANGE, Scores
+from tda.scores import CHANGE, SIMILARITY, Scores
 from tda.streams import Batch, Loop
 
 Array = jax.Array
@@ -32,12 +33,39 @@ Operator: TypeAlias = Callable[[Blocks], Blocks]
 """A response: blocks [Q, *stack, G, O, I] -> the same."""
 
 
-class Identity(NamedTuple):
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=(), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Identity:
   """The response of gradient dot products."""
 
   def __call__(self, blocks: Blocks) -> Blocks:
     """The same blocks."""
     return blocks
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("operator",), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+  """The cosine of ∇ℓ and R ∇m instead of their product, for any response R.
+
+  Zero where either vanishes. Its scores are similarities, not changes.
+  """
+
+  operator: Operator
+
+  def __call__(self, blocks: Blocks) -> Blocks:
+    """The operator's result, each query's divided by its norm."""
+    found = self.operator(blocks)
+    squares = sum(
+      jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), axis=1)
+      for x in found.values()
+    )
+    scale = jnp.where(squares > 0, jax.lax.rsqrt(squares), 0)
+    return {k: jax.vmap(jnp.multiply)(scale, x) for k, x in found.items()}
 
 
 def scorer(
@@ -63,15 +91,25 @@ def scorer(
   Returns:
     score(params, train, queries, responses, *, loop=Loop()) -> {name: Scores},
     values [N, Q]. Train and queries are pytrees of arrays with leading axes N
-    and Q; responses are linear operators on block coordinates, by name. A
-    second call compiles nothing again.
+    and Q; responses are linear operators on block coordinates, or `Cosine` of
+    one, by name. A second call compiles nothing again.
   """
-  dot = gradients.backward_pass(found, objective, DOT)
+  if query_batch < 1:
+    raise ValueError(f"query_batch must be positive, got {query_batch}")
   query_gradients = jax.jit(_query_gradients(found, objective, measurement))
 
-  def run(operands, batch):
-    values, finite = dot(operands[0], batch, operands[1])
-    return (values if by_site else {"": _sum_sites(values)}), finite
+  def products(statistic):
+    dot = gradients.backward_pass(found, objective, statistic)
+
+    def run(operands, batch):
+      values, finite = dot(operands[0], batch, operands[1])
+      total = _sum_sites(values)
+      finite &= jnp.isfinite(total).all(axis=1)
+      return (values if by_site else {"": total}), finite
+
+    return run
+
+  runs = {False: products(DOT), True: products(DOT_AND_SQUARE)}
 
   @jax.jit
   def stacked(responses, grads):
@@ -86,47 +124,47 @@ def scorer(
     finite = meshes.fetch(finite)
     if not finite.all():
       bad = index[int(np.argmin(finite))]
-      raise ValueError(f"the measurement of query {bad} is not finite")
+      raise ValueError(
+        f"the measurement of query {bad}, or its gradient, is not finite"
+      )
     operators = list(responses.values())
     if any(callable(leaf) for leaf in jax.tree.leaves(operators)):
       return _stack(found, [operator(grads) for operator in operators])
     return stacked(operators, grads)
 
   def score(params, train, queries, responses, *, loop=Loop()):
-    n, total = streams.rows(train), streams.rows(queries)
+    total = streams.rows(queries)
     _check_blocks(found, responses)
     _check_rows(found, "train", train)
     if measurement is None:
       _check_rows(found, "queries", queries)
-    pieces = []
+    params, responses = meshes.replicate((params, responses), loop.mesh)
+    cosine = any(isinstance(r, Cosine) for r in responses.values())
+    run, norms, pieces = runs[cosine], None, []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
     for i, index in enumerate(splits):
       operands = (params, directions(params, queries, index, responses, loop))
-      stage = _stage(loop, i, len(splits))
+      stage = loop
+      if len(splits) > 1:
+        stage = loop.stage(f"queries {i + 1} of {len(splits)}")
       values = streams.each(run, operands, train, stage)
+      if cosine:
+        values, norms = _without_squares(values)
       # [N, *stack, responses, queries]: the leading axes of blocks come first.
       shape = (len(responses), len(index))
       pieces.append(
-        {k: x.reshape(*x.shape[:-1], *shape) / n for k, x in values.items()}
+        {k: x.reshape(*x.shape[:-1], *shape) for k, x in values.items()}
       )
     sites = {
       name: np.concatenate([piece[name] for piece in pieces], axis=-1)
       for name in pieces[0]
     }
-    summed = _sum_sites(sites, keep=2)
-    return {
-      name: Scores(
-        summed[:, i],
-        method=name,
-        unit=CHANGE,
-        normaliser=n,
-        damping=getattr(operator, "damping", None),
-        labels=getattr(operator, "labels", None),
-        coverage=coverage(found),
-        by_site=_site_scores(sites, i) if by_site else None,
-      )
-      for i, (name, operator) in enumerate(responses.items())
-    }
+    results = {}
+    for i, (name, response) in enumerate(responses.items()):
+      mine = {k: x[..., i, :] for k, x in sites.items()}
+      scores = _scores(found, name, response, mine, norms)
+      results[name] = scores if by_site else scores._replace(by_site=None)
+    return results
 
   return score
 
@@ -136,7 +174,7 @@ def self_influence(
   objective: Objective,
   params: PyTree,
   train: PyTree,
-  response: Response,
+  response: Response | Identity,
   *,
   loop: Loop = Loop(),
 ) -> Scores:
@@ -145,19 +183,24 @@ def self_influence(
   How much an example's own loss rises when it is left out; large for examples
   that are mislabelled or that nothing else teaches.
   """
+  if not isinstance(response, Response | Identity):
+    raise ValueError(
+      f"self-influence needs a spectral response or Identity(), not {response}"
+    )
   n = streams.rows(train)
   _check_blocks(found, {"response": response})
   score = gradients.backward_pass(found, objective, SELF)
 
   def run(operands, batch):
     params, response = operands
-    pairs = {
-      name: (response.basis[name], response.weights[name])
-      for name in found.blocks
-    }
+    pairs = {}
+    if isinstance(response, Response):
+      pairs = {
+        k: (response.basis[k], response.weights[k]) for k in found.blocks
+      }
     values, finite = score(params, batch, pairs)
     total = sum(x.reshape(x.shape[0], -1).sum(axis=1) for x in values.values())
-    return total, finite
+    return total, finite & jnp.isfinite(total)
 
   values = streams.each(run, (params, response), train, loop)
   return Scores(
@@ -165,8 +208,8 @@ def self_influence(
     method="self-influence",
     unit=CHANGE,
     normaliser=n,
-    damping=response.damping,
-    labels=response.labels,
+    damping=getattr(response, "damping", None),
+    labels=getattr(response, "labels", None),
     coverage=coverage(found),
   )
 
@@ -181,24 +224,57 @@ DOT = taps.Statistic(
   lambda block, parts, lanes, directions: factors.dot(parts, directions),
   per_example=True,
   linear=lambda block: True,
+  footprint=factors.entries,
 )
 """Inner products with directions [*stack, Q, G, O, I]."""
 
-SELF = taps.Statistic(
-  lambda block, parts, lanes, pair: factors.weighted_norm(
-    factors.rotate(parts, *pair[0]), pair[1]
-  ),
+
+def _dot_and_square(block, parts, lanes, directions):
+  del block, lanes
+  squares = factors.norm(parts)[:, None]
+  return jnp.concatenate([factors.dot(parts, directions), squares], axis=1)
+
+
+DOT_AND_SQUARE = taps.Statistic(
+  _dot_and_square,
   per_example=True,
   linear=lambda block: False,
+  footprint=factors.entries,
 )
-"""Quadratic form of each example's gradient in (basis, weights)."""
+"""The same, then the squared norm of each example's gradient."""
+
+
+def _quadratic(block, parts, lanes, pair):
+  del block, lanes
+  if pair is None:
+    return factors.norm(parts)
+  basis, weights = pair
+  return factors.weighted_norm(factors.rotate(parts, *basis), weights)
+
+
+SELF = taps.Statistic(
+  _quadratic,
+  per_example=True,
+  linear=lambda block: False,
+  footprint=lambda parts, pair: factors.entries(parts),
+)
+"""Quadratic form of each example's gradient in (basis, weights) or in I."""
 
 
 def _query_gradients(found, objective, measurement) -> Callable:
   """(params, batch) -> ∇m by block [Q, *stack, G, O, I], finite [Q]."""
   if measurement is None:
-    return gradients.per_example(found, objective)
-  return gradients.of_measurement(found, measurement)
+    run = gradients.per_example(found, objective)
+  else:
+    run = gradients.of_measurement(found, measurement)
+
+  def checked(params, batch):
+    grads, finite = run(params, batch)
+    for x in grads.values():
+      finite &= jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
+    return grads, finite
+
+  return checked
 
 
 def _stack(found: Trace, many: Sequence[Blocks]) -> Blocks:
@@ -218,25 +294,54 @@ def _sum_sites(sites: Mapping[str, Any], keep: int = 1) -> Any:
   )
 
 
-def _site_scores(sites, i: int) -> dict[str, np.ndarray]:
-  return {name: x[..., i, :] for name, x in sites.items()}
+def _scores(
+  found: Trace,
+  name: str,
+  response: Operator,
+  products: Mapping[str, np.ndarray],
+  norms: np.ndarray | None,
+) -> Scores:
+  """From inner products by block [N, *stack, Q] and gradient norms [N]."""
+  cosine = isinstance(response, Cosine)
+  n = len(next(iter(products.values())))
+  divisor = norms if cosine and norms is not None else np.full(n, float(n))
+  sites = {k: _divided(x, divisor) for k, x in products.items()}
+  inner = response.operator if isinstance(response, Cosine) else response
+  return Scores(
+    _sum_sites(sites),
+    method=name,
+    unit=SIMILARITY if cosine else CHANGE,
+    normaliser=1 if cosine else n,
+    damping=getattr(inner, "damping", None),
+    labels=getattr(inner, "labels", None),
+    coverage=coverage(found),
+    by_site=sites,
+  )
 
 
-def _stage(loop: Loop, i: int, count: int) -> Loop:
-  """The loop over the training set for one batch of queries."""
-  if count == 1:
-    return loop
-  label = loop.label and f"{loop.label} {i + 1}/{count}"
-  directory = loop.directory and os.path.join(loop.directory, f"queries_{i}")
-  return loop._replace(label=label, directory=directory)
+def _without_squares(
+  values: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Splits `DOT_AND_SQUARE`: products by block, norms of the gradients [N]."""
+  squares = _sum_sites({k: x[..., -1:] for k, x in values.items()})[:, 0]
+  return {k: x[..., :-1] for k, x in values.items()}, np.sqrt(squares)
+
+
+def _divided(x: np.ndarray, divisor: np.ndarray) -> np.ndarray:
+  """x [N, ...] / divisor [N]; zero where the divisor is."""
+  divisor = divisor.reshape(-1, *[1] * (x.ndim - 1))
+  return np.divide(x, divisor, out=np.zeros_like(x), where=divisor > 0)
 
 
 def _check_blocks(found: Trace, responses: Mapping[str, Operator]) -> None:
   if not responses:
     raise ValueError("no responses were given, so there is nothing to score")
+  shapes = {k: (*b.stack, *b.shape) for k, b in found.blocks.items()}
   for name, response in responses.items():
-    if isinstance(response, Response):
-      other = set(response.weights) ^ set(found.blocks)
+    inner = response.operator if isinstance(response, Cosine) else response
+    if isinstance(inner, Response):
+      fitted = {k: x.shape for k, x in inner.weights.items()}
+      other = {k for k, _ in fitted.items() ^ shapes.items()}
       if other:
         raise ValueError(
           f"the response {name!r} was fitted on other blocks than those of "

@@ -1,12 +1,12 @@
 """Fitting a Kronecker-factored curvature to a dataset, start to finish."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from tda import gradients, streams
-from tda.blocks import Trace
+from tda.blocks import Blocks, Trace
 from tda.curvature import kronecker
 from tda.curvature import labels as labels_lib
 from tda.curvature.kronecker import Basis, Curvature
@@ -61,8 +61,8 @@ def fitter(
     def spectrum(name, basis, key):
       args = (params, basis, key)
       sums, count = streams.fold(squares_fold, args, data, loop.stage(name))
-      values = {k: x / count for k, x in sums.items()}
-      bad = [k for k, x in values.items() if not jnp.isfinite(x).all()]
+      values, finite = jax.jit(_means)(sums, count)
+      bad = [k for k in values if not finite[k]]
       if bad:
         raise ValueError(
           f"the squared gradients of {bad} are not finite: a gradient "
@@ -89,3 +89,11 @@ def fitter(
     return {name: fits[name] for name in methods}
 
   return fit
+
+
+def _means(
+  sums: Mapping[str, jax.Array], count: jax.Array
+) -> tuple[Blocks, dict[str, jax.Array]]:
+  """Sums divided by the count, and whether each block's are finite."""
+  means = {k: x / count for k, x in sums.items()}
+  return means, {k: jnp.isfinite(x).all() for k, x in means.items()}

@@ -81,7 +81,10 @@ def _squares(block, parts, lanes, basis):
 
 
 SQUARES = taps.Statistic(
-  _squares, per_example=False, linear=lambda block: False
+  _squares,
+  per_example=False,
+  linear=lambda block: False,
+  footprint=lambda parts, basis: factors.entries(parts),
 )
 """Squared per-example gradients in the operand's basis, or as they are."""
 

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+
+from tda import sites
 
 Array = jax.Array
 
@@ -94,6 +97,31 @@ def permutes(eqn: Any) -> bool:
     and len(eqn.invars) == 1
     and (len(eqn.outvars) == 1 and size(eqn.invars[0]) == size(eqn.outvars[0]))
   )
+
+
+def stops_gradient(eqn: Any) -> bool:
+  """Whether no gradient passes: comparisons, integers, `stop_gradient`."""
+  floating = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
+  return eqn.primitive.name == "stop_gradient" or not any(
+    map(floating, eqn.outvars)
+  )
+
+
+def shifts(eqn: Any) -> bool:
+  """Adds a number, which changes no derivative."""
+  if eqn.primitive.name not in ("add", "sub"):
+    return False
+  left, right = (isinstance(v, core.Literal) for v in eqn.invars)
+  return right or (left and eqn.primitive.name == "add")
+
+
+def partner(eqn: Any, k: int) -> int:
+  """Which operand a parameter at operand k meets."""
+  if eqn.primitive.name == "dynamic_slice":
+    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    axis = sites.row_axis(sizes, shape)
+    return 1 if axis is None else 1 + axis
+  return 1 - k
 
 
 def rename_step(eqn: Any, k: int) -> Callable[[Any], Any]:

@@ -1,9 +1,11 @@
 """Running a program with every use handed to a callback."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.extend import core
 
 from tda.tracing import equations
@@ -39,7 +41,7 @@ def evaluate(
   leaves: Sequence[Array],
   inputs: Sequence[Array],
   taps: Taps,
-  riders: Mapping[Path, Sequence[Any]],
+  riders: Mapping[Path, Collection[Any]],
   lane: Lane,
   visit: Visit,
 ) -> list[Array]:
@@ -64,7 +66,7 @@ def evaluate(
 class _Walk(NamedTuple):
   uses: Mapping[Path, Sequence[Use]]
   prefixes: set[Path]  # of the equations that contain a use
-  riders: Mapping[Path, Sequence[Any]]
+  riders: Mapping[Path, Collection[Any]]
   visit: Visit
 
 
@@ -101,12 +103,17 @@ def _visit_generic(walk, use, values, taps, lane) -> None:
 
 
 def _visit_site(walk, eqn, use, inputs, taps, lane) -> Array:
-  k = use.operand
-
   def equation(w, x):
-    return equations.run(eqn, [w, x] if k == 0 else [x, w])[0]
+    # A further operand is where a slice along a whole axis starts: at 0.
+    given = {use.operand: w, use.partner: x}
+    operands = [
+      given[k] if k in given else jnp.zeros((), v.aval.dtype)
+      for k, v in enumerate(eqn.invars)
+    ]
+    return equations.run(eqn, operands)[0]
 
-  return walk.visit(use, equation, inputs[k], inputs[1 - k], taps, lane)
+  w, x = inputs[use.operand], inputs[use.partner]
+  return walk.visit(use, equation, w, x, taps, lane)
 
 
 def _enter(walk, eqn, inputs, here, taps, lane) -> list[Any]:
@@ -128,12 +135,16 @@ def _enter(walk, eqn, inputs, here, taps, lane) -> list[Any]:
 
 
 def _enter_cond(walk, eqn, inputs, here, taps, lane) -> list[Any]:
-  """Both branches run when the batch disagrees; the lane says which counts."""
+  """Where examples disagree all branches run; the lane says which counts.
+
+  A cond would then batch the taps too, and add their statistics up once for
+  every example.
+  """
 
   def branch(k):
     body, consts = equations.opened(eqn.params["branches"][k])
 
-    def run(index, taps, lane, *operands):
+    def run(index, taps, lane, operands):
       taken = (index == k).astype(lane.token.dtype)
       counts = taken if lane.counts is None else taken * lane.counts
       inner = Lane(lane.token, counts)
@@ -141,9 +152,46 @@ def _enter_cond(walk, eqn, inputs, here, taps, lane) -> list[Any]:
 
     return run
 
-  index, *operands = inputs
   branches = [branch(k) for k in range(len(eqn.params["branches"]))]
-  return jax.lax.switch(index, branches, index, taps, lane, *operands)
+
+  @custom_vmap
+  def fork(index, *rest):
+    return jax.lax.switch(index, branches, index, *rest)
+
+  @fork.def_vmap
+  def fork_batch(size, batched, index, taps, lane, operands):
+    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+    every = [jax.vmap(run, axes, axis_size=size) for run in branches]
+    if not batched[0]:
+      outputs = jax.lax.switch(index, every, index, taps, lane, operands)
+      return outputs, [True] * len(outputs)
+    results = []
+    for k, run in enumerate(every):
+      mask = lambda x, b, taken=index == k: _followed(taken, x) if b else x
+      masked = jax.tree.map(mask, operands, batched[-1])
+      results.append(run(index, taps, lane, masked))
+    outputs = [
+      jax.lax.select_n(_wide(index, columns[0]), *columns)
+      for columns in zip(*results, strict=True)
+    ]
+    return outputs, [True] * len(outputs)
+
+  index, *operands = inputs
+  return fork(index, taps, lane, operands)
+
+
+def kept(lanes: Array, x: Array) -> Array:
+  """x where lanes [B] are nonzero, else 0."""
+  return jnp.where(_wide(lanes, x) != 0, x, jnp.zeros((), x.dtype))
+
+
+def _followed(lanes: Array, x: Array) -> Array:
+  """x, with a gradient only where lanes are true."""
+  return jnp.where(_wide(lanes, x), x, jax.lax.stop_gradient(x))
+
+
+def _wide(lanes: Array, x: Array) -> Array:
+  return jnp.broadcast_to(lanes.reshape(-1, *[1] * (x.ndim - 1)), x.shape)
 
 
 def _enter_scan(walk, eqn, inputs, here, taps, lane) -> list[Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import core
 
 from tda import sites
+from tda.factors import accumulator
 from tda.tracing import equations
 from tda.tracing.uses import Bias, Origin, Path, Program, Use, expand
 
@@ -36,9 +37,10 @@ def find(
     Origin(i, lambda leaf: leaf, leaf.shape) for i, leaf in enumerate(leaves)
   ]
   rest = [None] * (len(jaxpr.invars) - len(leaves))
+  moves = [i >= len(leaves) for i in range(len(jaxpr.invars))]
   found = _Found([], {})
   with jax.ensure_compile_time_eval():
-    outgoing = _find(jaxpr, [*incoming, *rest], (), found)
+    outgoing = _find(jaxpr, [*incoming, *rest], moves, (), found)
   _generic_outputs(jaxpr, outgoing, (), found)
   return Program(
     jaxpr, tuple(consts), tuple(found.uses), found.lengths, outputs
@@ -53,7 +55,7 @@ class _Found(NamedTuple):
 class _OpenSite(NamedTuple):
   """A site whose output nobody has read yet, so that a bias may join it."""
 
-  index: int  # in the list of uses
+  place: int  # in the list of uses
   shape: tuple[int, ...]  # of the site's output
   chain: Callable[[Any], Any]  # from the output to the variable in question
 
@@ -61,10 +63,15 @@ class _OpenSite(NamedTuple):
 def _find(
   jaxpr: Any,
   incoming: Sequence[Origin | None],
+  moves: Sequence[bool],
   path: Path,
   found: _Found,
 ) -> list[Origin | None]:
-  """Records the uses in a jaxpr; returns the origins of its outputs."""
+  """Records the uses in a jaxpr; returns the origins of its outputs.
+
+  `moves` says which inputs depend on the example.
+  """
+  moving = {v for v, moved in zip(jaxpr.invars, moves, strict=True) if moved}
   origins: dict[Any, Origin] = {}
   for var, origin in zip(jaxpr.invars, incoming, strict=True):
     if origin is not None:
@@ -73,53 +80,57 @@ def _find(
     v
     for atoms in (*(e.invars for e in jaxpr.eqns), jaxpr.outvars)
     for v in atoms
-    if not isinstance(v, core.Literal)
+    if _is_var(v)
   )
   open_sites: dict[Any, _OpenSite] = {}
   for i, eqn in enumerate(jaxpr.eqns):
     here = (*path, i)
+    moves = [_is_var(v) and v in moving for v in eqn.invars]
+    moving.update(eqn.outvars if any(moves) else ())
     held = {
       k: origins[v]
       for k, v in enumerate(eqn.invars)
-      if not isinstance(v, core.Literal) and v in origins
+      if _is_var(v) and v in origins
     }
     name = eqn.primitive.name
+    if equations.stops_gradient(eqn):
+      continue
     if not held:
       source = equations.first(eqn)
       site = open_sites.get(source)
       if site and readers[source] == 1 and equations.permutes(eqn):
         chain = _then(site.chain, equations.rename_step(eqn, 0))
         open_sites[eqn.outvars[0]] = site._replace(chain=chain)
+    elif equations.shifts(eqn):
+      origins[eqn.outvars[0]] = next(iter(held.values()))
     elif name in equations.RENAMING and len(eqn.invars) == 1:
       for k, var in enumerate(eqn.outvars):
         origins[var] = _rename(held[0], eqn, k)
     elif name in equations.CALLS or name in equations.REMAT or name == "cond":
-      outgoing = _find_call(eqn, held, here, found)
+      outgoing = _find_call(eqn, held, moves, here, found)
       origins |= {v: o for v, o in zip(eqn.outvars, outgoing, strict=True) if o}
     elif name == "scan":
-      _find_scan(eqn, held, here, found)
+      _find_scan(eqn, held, moves, here, found)
     else:
-      _find_use(eqn, held, here, found, open_sites, readers)
-  return [
-    None if isinstance(v, core.Literal) else origins.get(v)
-    for v in jaxpr.outvars
-  ]
+      _find_use(eqn, held, moves, here, found, open_sites, readers)
+  return [origins.get(v) if _is_var(v) else None for v in jaxpr.outvars]
 
 
-def _find_call(eqn, held, here, found) -> list[Origin | None]:
+def _find_call(eqn, held, moves, here, found) -> list[Origin | None]:
   if eqn.primitive.name == "cond":
     for k, branch in enumerate(eqn.params["branches"]):
       body, _ = equations.opened(branch)
       incoming = [held.get(j + 1) for j in range(len(body.invars))]
       inner = (*here, k)
-      _generic_outputs(body, _find(body, incoming, inner, found), inner, found)
+      outgoing = _find(body, incoming, moves[1:], inner, found)
+      _generic_outputs(body, outgoing, inner, found)
     return [None] * len(eqn.outvars)
   body, _ = equations.opened(equations.called(eqn))
   incoming = [held.get(j) for j in range(len(body.invars))]
-  return _find(body, incoming, here, found)
+  return _find(body, incoming, moves, here, found)
 
 
-def _find_scan(eqn, held, here, found) -> None:
+def _find_scan(eqn, held, moves, here, found) -> None:
   body, _ = equations.opened(eqn.params["jaxpr"])
   num_consts, num_carry = equations.scan_counts(eqn)
   found.lengths[here] = eqn.params["length"]
@@ -131,20 +142,25 @@ def _find_scan(eqn, held, here, found) -> None:
     elif (
       origin is not None
       and k >= num_consts + num_carry
-      and (origin.expand is None)
+      and origin.expand is None
     ):
       incoming.append(
         origin._replace(scans=(*origin.scans, here), shape=inner.aval.shape)
       )
     else:
       if origin is not None:
-        var, why = eqn.invars[k], "is the initial state of a loop"
+        starts = k < num_consts + num_carry
+        why = "starts a loop" if starts else "is broadcast into a loop"
+        var = eqn.invars[k]
         found.uses.append(_generic(here, k, var, origin, why))
       incoming.append(None)
-  _generic_outputs(body, _find(body, incoming, here, found), here, found)
+  loops = range(num_consts, num_consts + num_carry)
+  moves = [any(moves) if k in loops else m for k, m in enumerate(moves)]
+  outgoing = _find(body, incoming, moves, here, found)
+  _generic_outputs(body, outgoing, here, found)
 
 
-def _find_use(eqn, held, here, found, open_sites, readers) -> None:
+def _find_use(eqn, held, moves, here, found, open_sites, readers) -> None:
   name = eqn.primitive.name
   if len(held) > 1:
     for k, origin in held.items():
@@ -157,15 +173,19 @@ def _find_use(eqn, held, here, found, open_sites, readers) -> None:
   if isinstance(form, str):
     found.uses.append(_generic(here, k, eqn.invars[k], origin, form))
     return
-  other = eqn.invars[1 - k]
-  out = eqn.outvars[0]
-  use = Use(here, k, origin, form, _struct(other), _struct(out))
-  if name == "add" and not isinstance(other, core.Literal):
+  partner = equations.partner(eqn, k)
+  other, out = eqn.invars[partner], eqn.outvars[0]
+  if form.kind == "vector" and not moves[partner]:
+    why = f"meets only constants in {name}"
+    found.uses.append(_generic(here, k, eqn.invars[k], origin, why))
+    return
+  use = Use(here, k, origin, form, _struct(other), _struct(out), partner)
+  if name == "add" and _is_var(other):
     site = open_sites.get(other)
     if site is not None and readers[other] == 1:
-      bias = _bias(found.uses[site.index], use, site, out.aval.shape)
+      bias = _bias(found.uses[site.place], use, site, out.aval.shape)
       if bias is not None:
-        found.uses[site.index] = found.uses[site.index]._replace(bias=bias)
+        found.uses[site.place] = found.uses[site.place]._replace(bias=bias)
         return
   found.uses.append(use)
   if form.output is not None:
@@ -178,13 +198,14 @@ def _form(eqn: Any, k: int, origin: Origin) -> sites.Form | str:
   shapes = [v.aval.shape for v in eqn.invars]
   if name in ("add", "sub", "mul") or (name == "div" and k == 0):
 
-    def apply(w, x):
-      w = expand(origin, w).astype(eqn.invars[k].aval.dtype)
-      return equations.run(eqn, [w, x] if k == 0 else [x, w])[0]
-
     def transpose(x, dy):
-      zeros = jnp.zeros(origin.shape, dy.dtype)
-      return jax.vjp(lambda w: apply(w, x), zeros)[1](dy)[0]
+      x, dy = (jnp.asarray(v, accumulator(dy.dtype)) for v in (x, dy))
+
+      def apply(w):
+        pair = [expand(origin, w), x]
+        return equations.run(eqn, pair if k == 0 else pair[::-1])[0]
+
+      return jax.vjp(apply, jnp.zeros(origin.shape, dy.dtype))[1](dy)[0]
 
     return sites.vector(math.prod(origin.shape), transpose)
   form: sites.Form | None = None
@@ -196,11 +217,14 @@ def _form(eqn: Any, k: int, origin: Origin) -> sites.Form | str:
     form = sites.convolution(params, shapes)
   elif name == "gather" and k == 0:
     form = sites.gather(params, shapes)
+  elif name == "dynamic_slice" and k == 0:
+    form = sites.dynamic_slice(params, shapes)
   return f"enters {name}" if form is None else form
 
 
 def _generic(path: Path, k: int, var: Any, origin: Origin, reason: str) -> Use:
   def transpose(_, dy):
+    dy = dy.astype(accumulator(dy.dtype))
     zeros = jnp.zeros(origin.shape, dy.dtype)
     return jax.vjp(lambda w: expand(origin, w), zeros)[1](dy)[0]
 
@@ -230,13 +254,13 @@ def _bias(
   if use.bias is not None or loops(use.origin) != loops(origin):
     return None
   groups, outputs, _ = use.form.shape
+  if not math.prod(origin.shape) == groups * outputs > 0:
+    return None
   size = math.prod(site.shape)
   places = np.asarray(site.chain(jnp.arange(size).reshape(site.shape)))
-  entries = jnp.arange(math.prod(origin.shape)).reshape(origin.shape)
-  entries = np.asarray(expand(origin, entries))
-  if places.shape != shape or entries.size == 0:
-    return None
-  if math.prod(origin.shape) != groups * outputs:
+  table = jnp.arange(groups * outputs).reshape(origin.shape)
+  entries = np.asarray(expand(origin, table))
+  if places.shape != shape:
     return None
   met = np.empty(size, entries.dtype)
   met[places.reshape(-1)] = np.broadcast_to(entries, shape).reshape(-1)
@@ -260,6 +284,10 @@ def _rename(origin: Origin, eqn: Any, k: int) -> Origin:
   for _ in origin.scans:
     step = jax.vmap(step)
   return origin._replace(pull=_then(origin.pull, step), shape=shape)
+
+
+def _is_var(atom: Any) -> bool:
+  return not isinstance(atom, core.Literal)
 
 
 def _struct(var: Any) -> jax.ShapeDtypeStruct:

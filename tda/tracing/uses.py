@@ -1,7 +1,10 @@
 """What tracing finds: the uses of each parameter in a program."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
 
 from tda import sites
 
@@ -37,6 +40,7 @@ class Use(NamedTuple):
   form: sites.Form
   activation: Any  # shape and dtype of the other operand; None if generic
   output: Any  # shape and dtype
+  partner: int = -1  # which operand the activation is; -1 if generic
   bias: Bias | None = None
   reason: str = ""  # why the use is generic; empty at a site
 
@@ -49,6 +53,23 @@ class Program(NamedTuple):
   uses: tuple[Use, ...]
   lengths: Mapping[Path, int]  # of the scans that carry parameters
   outputs: Any  # shapes
+
+
+def pull(use: Use, leaves: Sequence[Any]) -> jax.Array:
+  """Block coordinates [*stack, G, O, I] of a use's leaf, and its bias's."""
+  depth = len(use.origin.scans)
+  matrix = _mapped(use.form.matrix, depth)(use.origin.pull(leaves[0]))
+  if use.bias is None:
+    return matrix
+  column = _mapped(use.bias.column, depth)
+  bias = column(use.bias.origin.pull(leaves[1]))
+  return jnp.concatenate([matrix, bias], axis=-1)
+
+
+def _mapped(fn: Callable, depth: int) -> Callable:
+  for _ in range(depth):
+    fn = jax.vmap(fn)
+  return fn
 
 
 def expand(origin: Origin, w: Any) -> Any:

@@ -1,0 +1,144 @@
+"""Every method by its name, for any objective, in the fewest passes.
+
+    scores = methods.attribute(loss, params, train, queries)
+    scores["ekfac"].values  # [N, Q]
+
+Curvatures share the passes of their fits, and all scores that are products of
+gradients share one pass over the training data for each batch of queries.
+
+Notation: N training examples, Q queries.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import jax
+
+from tda import blocks, likelihoods, streams
+from tda.attribution import baselines, influence
+from tda.attribution.influence import Operator
+from tda.curvature import fitting
+from tda.curvature import labels as labels_lib
+from tda.curvature.kronecker import Curvature
+from tda.curvature.labels import Labels
+from tda.inverse import spectral
+from tda.inverse.spectral import Damping
+from tda.likelihoods import Loss, Objective, PyTree
+from tda.scores import Scores
+from tda.streams import Loop
+
+METHODS: Mapping[str, str] = MappingProxyType(
+  {
+    "random": "standard normal draws",
+    "representation": "cosine of what enters the last matrix",
+    "gradient_dot": "⟨∇m, ∇ℓ⟩ / N",
+    "gradient_cosine": "⟨∇m, ∇ℓ⟩ / (‖∇m‖ ‖∇ℓ‖)",
+    "diagonal": "⟨(D + δ)⁻¹ ∇m, ∇ℓ⟩ / N, D the mean squared gradient",
+    "kfac": "the same with (A ⊗ S + δ)⁻¹",
+    "ekfac": "the same with the eigenvalues refitted in that eigenbasis",
+  }
+)
+"""The names that `attribute` takes, and how each is computed."""
+
+
+def attribute(
+  objective: Objective | Loss,
+  params: PyTree,
+  train: PyTree,
+  queries: PyTree,
+  *,
+  methods: Sequence[str] = ("ekfac",),
+  labels: str | Labels = "empirical",
+  dampings: Sequence[Damping] = (spectral.relative(0.1),),
+  key: jax.Array | None = None,
+  measurement: Loss | None = None,
+  select: str | Sequence[str] | None = None,
+  query_batch: int = 64,
+  loop: Loop = Loop(),
+) -> dict[str, Scores]:
+  """How much every training example matters to every query, by each method.
+
+  Args:
+    objective: model and likelihood, or just loss(params, example) -> scalar
+      of ONE example, for which `labels` must be "empirical".
+    params: trained parameters, floating.
+    train: pytree of arrays with leading axis N.
+    queries: pytree of arrays with leading axis Q.
+    methods: of `METHODS`.
+    labels: of the curvatures: "empirical", "exact", "sampled" or "sampled:K".
+    dampings: of the inverses; several cost no further pass.
+    key: for sampled labels and for "random".
+    measurement: m(params, query) -> scalar that the scores are about; the loss
+      unless given.
+    select: patterns of the blocks to attribute to, as in `blocks.trace`.
+    query_batch: queries held at a time, as in `influence.scorer`.
+    loop: how to run over the data. Its directory keeps each pass in a folder
+      of its own, and must belong to these arguments.
+
+  Returns:
+    {name: scores [N, Q]} in the order of `methods`. With several dampings the
+    names of inverses are "ekfac@0.1", "ekfac@0.01", ...
+  """
+  _check(methods, labels, dampings, key)
+  if not isinstance(objective, Objective):
+    objective = likelihoods.from_loss(objective)
+  example = streams.example(train)
+  found = blocks.trace(objective.outputs, params, example, select=select)
+  fit_key, random_key = (None, None) if key is None else jax.random.split(key)
+  fitted = [name for name in methods if name in fitting.METHODS]
+  curvatures: dict[str, Curvature] = {}
+  if fitted:
+    fit = fitting.fitter(found, objective, methods=fitted, labels=labels)
+    curvatures = fit(params, train, key=fit_key, loop=loop)
+  responses = _responses(methods, curvatures, dampings)
+  scores: dict[str, Scores] = {}
+  if responses:
+    score = influence.scorer(
+      found, objective, measurement=measurement, query_batch=query_batch
+    )
+    stage = loop.stage("scores")
+    scores = score(params, train, queries, responses, loop=stage)
+  if "representation" in methods:
+    stage = loop.stage("representation")
+    scores["representation"] = baselines.representation(
+      found, objective, params, train, queries, loop=stage
+    )
+  if random_key is not None and "random" in methods:
+    scores["random"] = baselines.random(random_key, train, queries)
+  belongs = lambda name, method: name.partition("@")[0] == method
+  return {k: v for m in methods for k, v in scores.items() if belongs(k, m)}
+
+
+def _responses(
+  methods: Sequence[str],
+  curvatures: Mapping[str, Curvature],
+  dampings: Sequence[Damping],
+) -> dict[str, Operator]:
+  """What each method that is a product of gradients does to the query's."""
+  plain: dict[str, Operator] = {
+    "gradient_dot": influence.Identity(),
+    "gradient_cosine": influence.Cosine(influence.Identity()),
+  }
+  responses = {name: plain[name] for name in methods if name in plain}
+  for name, curvature in curvatures.items():
+    for damping in dampings:
+      entry = name if len(dampings) == 1 else f"{name}@{damping.value:g}"
+      responses[entry] = spectral.inverse(curvature, damping)
+  return responses
+
+
+def _check(
+  methods: Sequence[str],
+  labels: str | Labels,
+  dampings: Sequence[Damping],
+  key: jax.Array | None,
+) -> None:
+  labels_lib.parse(labels)
+  unknown = [name for name in methods if name not in METHODS]
+  if unknown or not methods:
+    raise ValueError(f"unknown methods {unknown}; choose of {list(METHODS)}")
+  values = [damping.value for damping in dampings]
+  if not values or len(set(values)) < len(values):
+    raise ValueError(f"dampings name scores, and must differ; got {values}")
+  if "random" in methods and key is None:
+    raise ValueError('the method "random" draws its scores: give a key')
