@@ -1,0 +1,96 @@
+"""Settings become data, model, training and measurements."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tda.evaluation import problem, stages
+from tda.evaluation.problem import Setting
+from tda.evaluation.workdir import Workdir
+
+SETTING = Setting(
+  name="test",
+  dataset="digits",
+  train_size=64,
+  test_size=8,
+  features=(8,),
+  epochs=2,
+  batch_size=16,
+  num_queries=5,
+  methods=("gradient_dot", "diagonal", "ekfac"),
+  sweep_labels=("empirical", "sampled"),
+  sweep_dampings=(0.01,),
+  subsets=3,
+  retrain_seeds=2,
+)
+
+
+def test_unknown_fields_are_named():
+  with pytest.raises(ValueError, match=r"unknown settings \['epoch'\]"):
+    problem.from_config({"name": "x", "dataset": "digits", "epoch": 3})
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("likelihood", "poisson"),
+    ("measurement", "accuracy"),
+    ("optimizer", "lion"),
+    ("dataset", "cifar"),
+    ("model", "vit"),
+  ],
+)
+def test_unknown_choices_list_what_there_is(field, value):
+  setting = dataclasses.replace(SETTING, **{field: value})
+  with pytest.raises(ValueError, match=rf"unknown {field} '{value}'; choose"):
+    problem.build(setting)
+
+
+def test_measure_is_the_loss_and_whether_the_query_is_right():
+  task = problem.build(SETTING)
+  params = task.train(jnp.ones(64), task.key_for("attributed model"))
+  measured = task.measure(params)
+  outputs = jax.vmap(task.objective.outputs, (None, 0))(params, task.queries)
+  logits = np.asarray(outputs, np.float64)
+  right = logits.argmax(axis=1) == task.queries["y"]
+  picked = logits[np.arange(5), task.queries["y"]]
+  expected = np.log(np.exp(logits).sum(axis=1)) - picked
+  np.testing.assert_allclose(measured["value"], expected, rtol=1e-5)
+  np.testing.assert_array_equal(measured["correct"], right)
+
+
+def test_keys_differ_by_use_and_by_seed():
+  task = problem.build(SETTING)
+  other = problem.build(dataclasses.replace(SETTING, seed=1))
+  keys = [task.key_for("bank"), task.key_for("knab"), other.key_for("bank")]
+  data = {np.asarray(jax.random.key_data(key)).tobytes() for key in keys}
+  assert len(data) == 3
+
+
+def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
+  task = problem.build(SETTING)
+  workdir = Workdir(tmp_path, dataclasses.asdict(SETTING))
+  params = stages.trained(task, workdir)
+  rows = stages.attributed(task, params, workdir)
+  assert set(rows) == {
+    "gradient_dot",
+    "diagonal",
+    "ekfac",
+    "diagonal@0.01",
+    "ekfac@0.01",
+    "diagonal@0.01, sampled",
+    "ekfac@0.01, sampled",
+  }
+  assert rows["ekfac"].damping == 0.1
+  assert rows["ekfac@0.01, sampled"][1:] == ("sampled", 0.01)
+  assert rows["gradient_dot"][1:] == ("", None)
+  different = np.abs(rows["ekfac"].scores - rows["ekfac@0.01"].scores)
+  assert different.max() > 0
+  again = stages.attributed(task, params, workdir)
+  for name, row in rows.items():
+    np.testing.assert_array_equal(row.scores, again[name].scores)
+  restored = stages.trained(task, workdir)
+  jax.tree.map(np.testing.assert_array_equal, restored, params)

@@ -1,0 +1,22 @@
+"""The README's library example runs as it stands and does what it says."""
+
+import pathlib
+import re
+
+import numpy as np
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def test_the_library_example_runs(capsys):
+  (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+  assert len(code.strip().splitlines()) <= 26
+  scope: dict = {}
+  exec(compile(code, str(README), "exec"), scope)
+  scores, data = scope["scores"], scope["data"]
+  assert scores.values.shape == (1400, 10)
+  assert np.isfinite(scores.values).all()
+  top = scores.values.argsort(axis=0)[-3:].T
+  same = data["y"][top] == data["y"][1400:1410, None]
+  assert same.mean() > 0.7  # by chance 0.1
+  assert str(top.tolist()[0][0]) in capsys.readouterr().out
