@@ -8,7 +8,7 @@ of a weight gradient whatever the number of queries.
 
 Notation: B examples, G groups, T positions, I inputs, O outputs, Q queries.
 Every gradient has coordinates [G, O, I]. A bias is the last of the I inputs;
-it is a flag and never a column of ones appended to the activations.
+it is a flag, and a column of ones only where that is the smaller copy.
 Accumulation is in float32, or in float64 when the gradients are.
 """
 
