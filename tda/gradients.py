@@ -60,12 +60,12 @@ def backward_pass(
     keys = None
     if labels.kind == "sampled" and key is not None:
       keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.positions)
+    losses_B = _losses(objective, outputs, batch.rows)
     cotangents_BxK = jax.vmap(pseudo)(outputs, batch.rows, keys)
     finite = _finite(outputs) & _finite(cotangents_BxK)
     if labels.kind == "empirical":
       # A label out of range makes the loss NaN and leaves its gradient finite.
-      targets = jax.vmap(objective.target)(batch.rows)
-      finite &= _finite(jax.vmap(objective.likelihood.loss)(outputs, targets))
+      finite &= _finite(losses_B)
     cotangents_KxB = cotangents_BxK.swapaxes(0, 1).astype(outputs.dtype)
     if cotangents_KxB.shape[0] == 1:
       return backward(cotangents_KxB[0]), finite
@@ -138,6 +138,17 @@ def of_measurement(
     return found_blocks, jnp.isfinite(values)
 
   return gradients
+
+
+def _losses(objective: Objective, outputs: Array, rows: PyTree) -> Array:
+  targets = jax.vmap(objective.target)(rows)
+  losses = jax.vmap(objective.likelihood.loss)(outputs, targets)
+  if losses.ndim != 1:
+    raise ValueError(
+      f"the loss of one example has shape {losses.shape[1:]}, not a scalar: "
+      "sum it, or take its mean"
+    )
+  return losses
 
 
 def _finite(x: Array) -> Array:

@@ -259,7 +259,7 @@ def _chunks(statistic: Statistic, parts: Factors, operand, x, dy) -> int:
   # Patches are cut out and put together: two copies, where they are copies.
   need = 2 * formed - held if formed > held else 0
   need += size * statistic.footprint(parts, operand)
-  return chunks.count(size, need / max(held, _entries(operand)))
+  return chunks.count(size, need / max(held, _entries(operand), 1))
 
 
 def _entries(tree: PyTree) -> int:

@@ -66,7 +66,6 @@ def _read_twice(p, x):
 
 
 LINEAR = {
-  "dense": _linear("i,io->o", (3,), (3, 2), None, (1, 2, 3)),
   "dense_bias": _linear("i,io->o", (3,), (3, 2), (2,), (1, 2, 4)),
   "positions": _linear(
     "ti,io->to", (5, 3), (3, 2), (2,), (1, 2, 4), lambda b: b[None]
@@ -140,9 +139,6 @@ CONVOLUTIONS = {
     padding=((1, 2), (2, 2)),
     rhs_dilation=(1, 2),
   ),
-  "conv2d_groups": _conv(
-    (4, 4, 4), (2, 3, 2, 6), (2, 3, 12), feature_group_count=2
-  ),
   "conv2d_groups_bias": _conv(
     (4, 4, 4),
     (2, 3, 2, 6),
@@ -188,7 +184,6 @@ LOOKUPS = {
   "take_columns": _lookup(
     lambda w, ids: jnp.take(w, ids, axis=1), (5,), (3, ROWS)
   ),
-  "take_last": _lookup(lambda w, ids: w[:, ids], (5,), (3, ROWS)),
   "scalar_index": _lookup(lambda w, ids: w[ids], ()),
   "scalar_column": _lookup(lambda w, ids: w[:, ids], (), (3, ROWS)),
   "vmapped_index": _lookup(lambda w, ids: jax.vmap(lambda i: w[i])(ids), (5,)),
@@ -254,6 +249,13 @@ ELEMENTWISE = {
     (5, 3),
     {"w": ("matrix", (1, 2, 3)), "b": ("vector", (1, 1, 1))},
     b=(),
+  ),
+  "bias_wider_than_the_output": _leaf(
+    lambda p, x: x @ p["w"] + p["b"],
+    (3, 2),
+    (1, 3),
+    {"w": ("matrix", (1, 2, 3)), "b": ("vector", (1, 10, 1))},
+    b=(5, 2),
   ),
   "bias_after_another_reader": _leaf(
     _read_twice,

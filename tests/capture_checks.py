@@ -67,7 +67,6 @@ def quick(fn):
     compiler_options={
       "xla_backend_optimization_level": 0,
       "xla_cpu_parallel_codegen_split_count": 1,
-      "xla_cpu_use_fusion_emitters": False,
       "xla_llvm_disable_expensive_passes": True,
     },
   )

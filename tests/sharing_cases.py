@@ -242,6 +242,12 @@ GENERIC = {
     {"v": "is broadcast into a loop"},
     v=(3,),
   ),
+  "empty": of_layer(
+    lambda p, x: layer(p, x) + p["v"].sum(),
+    {"w": LAYER, "v": ("vector", (1, 0, 1))},
+    {"v": "enters reduce_sum"},
+    v=(0,),
+  ),
   "rounded": of_layer(
     lambda p, x: layer(p, x) * p["v"].astype(int).astype(x.dtype)[None], v=(3,)
   ),

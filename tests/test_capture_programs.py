@@ -14,6 +14,7 @@ from capture_checks import (
   collect,
   first,
   materialize,
+  quick,
   tail,
 )
 from control_cases import CONTROL, layer
@@ -207,7 +208,7 @@ def test_keys_constants_and_several_outputs():
     h = jnp.where(kept, h, 0)
     return {"first": h.sum(), "last": h @ p["w"]}
 
-  @jax.jit
+  @quick
   def captured(params, batch):
     found = blocks.trace(fn, params, first(batch))  # inside of jit as well
     outputs, backward = taps.linearize(found, taps.GRADIENT)(params, batch)
@@ -217,7 +218,7 @@ def test_keys_constants_and_several_outputs():
   def loss(p, ex):
     return sum(jnp.sum(x) for x in jax.tree.leaves(fn(p, ex)))
 
-  expected = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
+  expected = quick(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
   chex.assert_trees_all_close(captured(params, batch), expected, rtol=1e-5)
 
 
@@ -260,11 +261,11 @@ def test_selection_by_name(select, kept):
     "two[1]",
   }
   (got,) = collect(found, params, batch, taps.GRADIENT)
-  tree = jax.vmap(lambda g: blocks.to_tree(found, g))(got)
-  whole = jax.vmap(jax.grad(_mixed), (None, 0))(params, batch)
-  expected = jax.vmap(lambda g: blocks.to_blocks(found, g))(whole)
+  grad = lambda p, ex: blocks.to_blocks(found, jax.grad(_mixed)(p, ex))
+  expected = quick(jax.vmap(grad, (None, 0)))(params, batch)
   chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
-  assert not tree["unused"].any()
+  tree = jax.eval_shape(lambda g: blocks.to_tree(found, g), first(got))
+  chex.assert_trees_all_equal_shapes(tree, params)
 
 
 @pytest.mark.parametrize(

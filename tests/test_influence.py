@@ -72,12 +72,19 @@ def joined(parts):
   return np.concatenate([parts[k] for k in sorted(parts)], axis=1)
 
 
+@functools.cache
+def gradients(name):
+  """Of training examples and queries by block, [N, size] and [Q, size]."""
+  p, _, _, queries = problem(name)
+  return [oracles.flat(oracles.gradients(p, d)) for d in (p.data, queries)]
+
+
 @pytest.mark.parametrize("which", RESPONSES)
 @pytest.mark.parametrize("name", ["mixed", "tied"])
 def test_scores_are_products_with_explicit_matrices(name, which):
-  p, _, _, queries = problem(name)
-  train = oracles.flat(oracles.gradients(p))
-  query = responded(name, which, oracles.flat(oracles.gradients(p, queries)))
+  p, *_ = problem(name)
+  train, query = gradients(name)
+  query = responded(name, which, query)
   found = scored(name)[which]
   divisor = N
   if "cosine" in which:
@@ -125,7 +132,7 @@ def test_batches_and_company_do_not_change_scores():
 @pytest.mark.parametrize("which", [CURVED[0], "dot"])
 def test_self_influence_is_the_diagonal(which):
   p, _, responses, _ = problem("tied")
-  train = oracles.flat(oracles.gradients(p))
+  train, _ = gradients("tied")
   expected = np.sum(joined(train) * joined(responded("tied", which, train)), 1)
   found = influence.self_influence(
     p.found, p.objective, p.params, p.data, responses[which], loop=Loop(4)
@@ -146,7 +153,7 @@ def test_a_measurement_may_ask_something_else_of_other_queries():
   asked = {"pixels": queries["x"], "class": queries["y"]}
   found = score(p.params, p.data, asked, {"dot": responses["dot"]})["dot"]
   query = oracles.flat(oracles.gradients(p, queries, inner))
-  train = oracles.flat(oracles.gradients(p))
+  train, _ = gradients("tied")
   expected = joined(train) @ joined(query).T / N
   np.testing.assert_allclose(found.values, expected, rtol=1e-9, atol=1e-12)
   with pytest.raises(ValueError, match=r"(?s)measurement failed.*'pixels'"):

@@ -263,5 +263,9 @@ def test_bad_choices_are_refused():
   with pytest.raises(ValueError, match="leading axes"):
     empty = jax.tree.map(lambda x: x[:0], p.data)
     fitter("tanh")(p.params, empty)
+  likelihood = p.objective.likelihood._replace(loss=lambda out, y: out)
+  vector = p.objective._replace(likelihood=likelihood)
+  with pytest.raises(ValueError, match=r"example has shape \(3,\), not a sc"):
+    fitting.fitter(p.found, vector)(p.params, p.data)
   with pytest.raises(ValueError, match="the batch has structure"):
     fitter("tanh")(p.params, {"x": p.data["x"]})

@@ -96,7 +96,7 @@ def test_statistics_follow_the_sharding_of_data_and_model():
   batch = {"x": draw(8, 2, 4)}
   found = blocks.trace(loss, params, first(batch))
 
-  @jax.jit
+  @quick
   def run(params, batch):
     outputs, backward = taps.linearize(found, taps.GRADIENT)(params, batch)
     _, total = taps.linearize(found, MOMENTS)(params, batch)

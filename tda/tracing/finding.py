@@ -180,7 +180,7 @@ def _find_use(eqn, held, moves, here, found, open_sites, readers) -> None:
     found.uses.append(_generic(here, k, eqn.invars[k], origin, why))
     return
   use = Use(here, k, origin, form, _struct(other), _struct(out), partner)
-  if name == "add" and _is_var(other):
+  if name == "add" and _is_var(other) and other.aval.shape == out.aval.shape:
     site = open_sites.get(other)
     if site is not None and readers[other] == 1:
       bias = _bias(found.uses[site.place], use, site, out.aval.shape)
@@ -256,16 +256,16 @@ def _bias(
   groups, outputs, _ = use.form.shape
   if not math.prod(origin.shape) == groups * outputs > 0:
     return None
-  size = math.prod(site.shape)
-  places = np.asarray(site.chain(jnp.arange(size).reshape(site.shape)))
   table = jnp.arange(groups * outputs).reshape(origin.shape)
-  entries = np.asarray(expand(origin, table))
-  if places.shape != shape:
-    return None
-  met = np.empty(size, entries.dtype)
-  met[places.reshape(-1)] = np.broadcast_to(entries, shape).reshape(-1)
+  met = np.broadcast_to(np.asarray(expand(origin, table)), shape)
+  if site.chain is not _same:  # else no copy is made of a large output
+    size = math.prod(site.shape)
+    places = np.asarray(site.chain(jnp.arange(size).reshape(site.shape)))
+    back = np.empty(size, met.dtype)
+    back[places.reshape(-1)] = met.reshape(-1)
+    met = back.reshape(site.shape)
   assert use.form.output is not None
-  met_GxTxO = use.form.output(met.reshape(site.shape))
+  met_GxTxO = use.form.output(met)
   order_GxO = met_GxTxO[:, 0]
   if (met_GxTxO != order_GxO[:, None]).any():
     return None

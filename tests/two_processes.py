@@ -1,0 +1,57 @@
+"""One of two processes that attribute together: PORT, PROCESS, FOLDER.
+
+Started by `test_distributed`, with four fake devices in each process.
+"""
+
+import sys
+
+import conformance
+import conftest  # noqa: F401  the settings of every test
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conformance import Variation
+from test_streams import dataset, summed
+
+from tda import meshes, streams
+from tda.streams import Loop
+
+METHODS = ("gradient_cosine", "ekfac")
+
+
+def main(port: str, process: str, folder: str) -> None:
+  jax.config.update("jax_num_cpu_devices", 4)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.distributed.initialize(
+    f"127.0.0.1:{port}", 2, int(process), initialization_timeout=30
+  )
+  assert (jax.process_count(), len(jax.devices())) == (2, 8)
+  loop = Loop(8, mesh=meshes.mesh(4, 2))
+  total = resumed_sum(loop._replace(directory=f"{folder}/sum", save_every=0))
+  scores = conformance.run(Variation(methods=METHODS, loop=loop))
+  np.savez(f"{folder}/scores_{process}.npz", total=total, **scores)
+
+
+def resumed_sum(loop: Loop) -> np.ndarray:
+  """A sum that is stopped at its second batch, and taken up."""
+  data, scale, seen, spread = dataset(), jnp.float32(1), [], meshes.spread
+
+  def stopping(batch, over):
+    seen.append(batch)
+    if len(seen) == 2:
+      raise KeyboardInterrupt
+    return spread(batch, over)
+
+  meshes.spread = stopping
+  try:
+    streams.fold(summed(), scale, data, loop)
+  except KeyboardInterrupt:
+    total, _ = streams.fold(summed(), scale, data, loop)
+  meshes.spread = spread
+  assert len(seen) == 3  # the first batch was not seen again
+  return meshes.fetch(total)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
