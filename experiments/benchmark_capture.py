@@ -26,13 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from tda import blocks, gradients, likelihoods, planning, streams
+from experiments import subjects
+from experiments.subjects import Subject
+from tda import blocks, gradients, planning, streams
 from tda.attribution import influence
 from tda.curvature import kronecker
-from tda.likelihoods import Objective
-from tda.models.cnn import CNN
 from tda.models.decoder import Decoder
-from tda.models.mlp import MLP
 
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, two rounds.")
 MODELS = flags.DEFINE_multi_enum(
@@ -52,13 +51,6 @@ QUERIES = 16
 CALL_SECONDS = 0.1  # a round calls fast functions until this much has passed
 
 
-class Setting(NamedTuple):
-  objective: Objective
-  params: Any
-  rows: dict[str, jax.Array]
-  select: str | None  # blocks
-
-
 class Step(NamedTuple):
   run: Callable[..., Any]
   args: tuple[Any, ...]
@@ -73,47 +65,34 @@ class Measured(NamedTuple):
   compilation: float
 
 
-def setting(name: str) -> Setting:
-  key, rng = jax.random.key(0), np.random.default_rng(0)
-  if name in ("mlp", "cnn"):
-    module = MLP() if name == "mlp" else CNN()
-    shape = (64,) if name == "mlp" else (8, 8, 1)
-    n = 32 if SMOKE.value else 1437 if name == "mlp" else 512
-    rows = {"x": rng.normal(size=(n, *shape)), "y": rng.integers(0, 10, n)}
-    likelihood, target = likelihoods.categorical(), lambda ex: ex["y"]
-  else:
-    size = {"width": 32, "layers": 2} if SMOKE.value else {}
-    length, n = (32, 2) if SMOKE.value else (256, BATCH.value)
-    scanned = name == "decoder_scanned"
-    module = Decoder(
-      256,
-      max_length=length,
-      scan_layers=scanned,
-      scan_unroll=UNROLL.value,
-      **size,
-    )
-    rows = {key: rng.integers(0, 256, (n, length)) for key in "xy"}
-    likelihood = likelihoods.token_categorical()
-    target = lambda ex: (ex["y"], jnp.ones_like(ex["y"]))
-  rows = {
-    k: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else jnp.int32)
-    for k, x in rows.items()
-  }
-  params = module.init(key, rows["x"][0])["params"]
-  apply = lambda params, ex: module.apply({"params": params}, ex["x"])
-  objective = Objective(apply, likelihood, target)
-  select = "*kernel" if name.startswith("decoder") else None
-  return Setting(objective, params, rows, select)
-
-
-def steps(given: Setting) -> dict[str, Step]:
-  """The plain gradient first, then what is compared with it."""
-  objective, params, rows, select = given
-  found = blocks.trace(
-    objective.outputs, params, streams.example(rows), select=select
+def subject(name: str) -> Subject:
+  if not name.startswith("decoder"):
+    examples = 32 if SMOKE.value else 1437 if name == "mlp" else 512
+    return subjects.classifier(name, examples, 1)
+  width, layers, length, examples = 256, 6, 256, BATCH.value
+  if SMOKE.value:
+    width, layers, length, examples = 32, 2, 32, 2
+  module = Decoder(
+    256,
+    width,
+    layers,
+    max_length=length,
+    scan_layers=name == "decoder_scanned",
+    scan_unroll=UNROLL.value,
   )
+  return subjects.decoder(module, examples, 1)
+
+
+def steps(given: Subject) -> dict[str, Step]:
+  """The plain gradient first, then what is compared with it."""
+  objective, params = given.objective, given.params
+  rows = jax.tree.map(jnp.asarray, given.train)
   size = len(rows["x"])
   batch = streams.Batch(rows, jnp.arange(size), None)
+  trace = lambda: blocks.trace(
+    objective.outputs, params, streams.example(rows), select="*kernel"
+  )
+  found = trace()
   rng = np.random.default_rng(1)
 
   def noise(block, *shape):
@@ -138,10 +117,7 @@ def steps(given: Setting) -> dict[str, Step]:
   def captured(statistic, operands, cost):
     def run(params, batch, operands):
       # Traced here, since that is part of a step's tracing time.
-      found = blocks.trace(
-        objective.outputs, params, streams.example(batch.rows), select=select
-      )
-      one_pass = gradients.backward_pass(found, objective, statistic)
+      one_pass = gradients.backward_pass(trace(), objective, statistic)
       return one_pass(params, batch, operands)[0]
 
     return Step(run, (params, batch, operands), planning.limit(found, cost))
@@ -159,15 +135,13 @@ def steps(given: Setting) -> dict[str, Step]:
     "plain gradient": Step(plain, (params, batch), None),
     "covariances": captured(kronecker.MOMENTS, None, planning.moments),
     "eigenvalues": captured(kronecker.SQUARES, basis, planning.squares),
-    "scores of 16": captured(
-      influence.DOT, directions, planning.dots(QUERIES)
-    ),
+    "scores of 16": captured(influence.DOT, directions, planning.dots(QUERIES)),
     "self-influence": captured(influence.SELF, pairs, planning.squares),
     "vmap(grad), 16": Step(materialised, (params, batch, directions), None),
   }
 
 
-def measure(given: Setting) -> dict[str, Measured]:
+def measure(given: Subject) -> dict[str, Measured]:
   """Every step, relative to the first."""
   rounds = 2 if SMOKE.value else ROUNDS.value
   many = steps(given)
@@ -190,9 +164,8 @@ def measure(given: Setting) -> dict[str, Measured]:
       for _ in range(rounds)
     ]
   )
-  memory = [
-    compiled[name].memory_analysis().temp_size_in_bytes for name in many
-  ]
+  analyses: list[Any] = [compiled[name].memory_analysis() for name in many]
+  memory = [analysis.temp_size_in_bytes for analysis in analyses]
   compiling = [min(compilation[name]) for name in many]
   return {
     name: Measured(
@@ -229,7 +202,7 @@ def main(_) -> None:
   logging.info("%d devices: %s", jax.device_count(), jax.devices()[0])
   table = {}
   for model in dict.fromkeys(MODELS.value):
-    table[model] = measure(setting(model))
+    table[model] = measure(subject(model))
     report(model, table[model])
   if OUTPUT.value:
     rows = jax.tree.map(

@@ -6,7 +6,7 @@ progress bars, labels drawn once.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,80 +18,14 @@ from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import nn
 from torch.nn import functional
 
-Rows = Mapping[str, np.ndarray]
+from experiments import torch_models
+from experiments.subjects import Rows, Subject
 
-
-class MLP(nn.Module):
-  def __init__(self, params: Mapping[str, Any]):
-    super().__init__()
-    layers = [params[f"layers_{i}"] for i in range(len(params))]
-    self.layers = nn.ModuleList(linear(layer) for layer in layers)
-
-  def forward(self, x):
-    for layer in self.layers[:-1]:
-      x = torch.relu(layer(x))
-    return self.layers[-1](x)
-
-
-class CNN(nn.Module):
-  """`tda.models.cnn.CNN` with average pooling."""
-
-  def __init__(self, params: Mapping[str, Any]):
-    super().__init__()
-    convolutions = [v for k, v in params.items() if k.startswith("conv")]
-    self.convolutions = nn.ModuleList(map(convolution, convolutions))
-    self.dense, self.head = linear(params["dense"]), linear(params["head"])
-
-  def forward(self, x):
-    x = x.permute(0, 3, 1, 2)
-    for conv in self.convolutions:
-      x = functional.avg_pool2d(torch.relu(conv(x)), 2)
-    x = x.permute(0, 2, 3, 1).flatten(1)
-    return self.head(torch.relu(self.dense(x)))
-
-
-class Block(nn.Module):
-  def __init__(self, params: Mapping[str, Any], heads: int):
-    super().__init__()
-    attention = params["attention"]
-    width = params["mlp_in"]["kernel"].shape[0]
-    project = lambda name: linear(attention[name], width)
-    self.query, self.key = project("query"), project("key")
-    self.value, self.output = project("value"), project("output")
-    self.mlp_in, self.mlp_out = (linear(params[k]) for k in MLP_NAMES)
-    self.norm_attention = norm(params["norm_attention"])
-    self.norm_mlp = norm(params["norm_mlp"])
-    self.heads = heads
-
-  def forward(self, x):
-    h = self.norm_attention(x)
-    split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-    q, k, v = (split(f(h)) for f in (self.query, self.key, self.value))
-    h = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    x = x + self.output(h.transpose(1, 2).flatten(2))
-    h = functional.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh")
-    return x + self.mlp_out(h)
-
-
-class Decoder(nn.Module):
-  def __init__(self, params: Mapping[str, Any], heads: int):
-    super().__init__()
-    count = sum(name.startswith("blocks_") for name in params)
-    blocks = [params[f"blocks_{i}"] for i in range(count)]
-    self.blocks = nn.ModuleList(Block(block, heads) for block in blocks)
-    embedding = lambda p: nn.Embedding.from_pretrained(tensor(p["embedding"]))
-    self.tokens = embedding(params["tokens"])
-    self.positions = embedding(params["positions"])
-    self.norm, self.head = norm(params["norm"]), linear(params["head"])
-
-  def forward(self, x):
-    x = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
-    for block in self.blocks:
-      x = block(x)
-    return self.head(self.norm(x))
-
-
-MLP_NAMES = ("mlp_in", "mlp_out")
+MODELS = {
+  "mlp": torch_models.MLP,
+  "cnn": torch_models.CNN,
+  "decoder": torch_models.Decoder,
+}
 
 
 class Labelled(Task):
@@ -144,10 +78,10 @@ class Peer:
   """Stages of EK-FAC on one model and data set, each timed."""
 
   def __init__(
-    self, model, train: Rows, queries: Rows, *, folder, batch, sampled=False
+    self, model, subject: Subject, folder: str, *, batch: int, sampled=False
   ):
-    self.task = Labelled(train["y"], seed=0)
-    self.train, self.queries = Table(train), Table(queries)
+    self.task = Labelled(subject.train["y"], seed=0)
+    self.train, self.queries = Table(subject.train), Table(subject.queries)
     self.analyzer = Analyzer(
       "comparison",
       prepare_model(model, self.task),
@@ -216,32 +150,3 @@ def gradient_seconds(model: nn.Module, train: Rows, batch: int) -> float:
     rows = table[slice(first, first + batch)]
     task.compute_train_loss(rows, model).backward()
   return time.perf_counter() - start
-
-
-def linear(params: Mapping[str, Any], inputs: int | None = None) -> nn.Linear:
-  kernel = np.asarray(params["kernel"])
-  kernel = kernel.reshape(inputs or kernel.shape[0], -1)
-  layer = nn.Linear(*kernel.shape, bias="bias" in params)
-  layer.weight.data = tensor(kernel.T)
-  if "bias" in params:
-    layer.bias.data = tensor(np.ravel(params["bias"]))
-  return layer
-
-
-def convolution(params: Mapping[str, Any]) -> nn.Conv2d:
-  kernel = np.asarray(params["kernel"])  # height, width, inputs, outputs
-  layer = nn.Conv2d(*kernel.shape[2:], kernel.shape[:2], padding="same")
-  layer.weight.data = tensor(kernel.transpose(3, 2, 0, 1))
-  layer.bias.data = tensor(params["bias"])
-  return layer
-
-
-def norm(params: Mapping[str, Any]) -> nn.LayerNorm:
-  layer = nn.LayerNorm(len(params["scale"]), eps=1e-6)
-  layer.weight.data = tensor(params["scale"])
-  layer.bias.data = tensor(params["bias"])
-  return layer
-
-
-def tensor(x: Any) -> torch.Tensor:
-  return torch.tensor(np.ascontiguousarray(x))

@@ -141,6 +141,8 @@ def rotate(
 
   Columns are basis vectors; None leaves that side as it is. The gradient of
   the result is `outputsᵀ gradient inputs`, and its bias is no longer apart.
+  It is rotated instead of its factors where positions are so many that this
+  takes fewer operations.
   """
   if isinstance(factors, Dense):
     grad = factors.grad
@@ -160,6 +162,10 @@ def rotate(
     dy = _project(factors.dy[:, None], outputs)[:, 0]
     return dataclasses.replace(factors, dy=dy)
   a, dy, bias = factors.a, factors.dy, factors.bias
+  if inputs is not None and outputs is not None:
+    (i, _), (o, _) = inputs.shape[-2:], outputs.shape[-2:]
+    if a.shape[2] * (i**2 + o**2) > i * o * (i + o):
+      return rotate(Dense(gradient(factors)), inputs, outputs)
   if inputs is not None:
     width = a.shape[-1]
     a = _project(a, inputs[:, :width])
@@ -175,6 +181,9 @@ def dot(factors: Factors, directions: Array) -> Array:
   """Inner products [B, Q] with directions [Q, G, O, I]."""
   queries = directions.shape[0]
   flat = lambda x: x.reshape(x.shape[0], -1)
+  if isinstance(factors, Lookup) and _is_sparse(factors):
+    picked_BxTxQxO = _at(directions, factors)
+    return _einsum("bto,btqo->bq", factors.dy, picked_BxTxQxO)
   if not isinstance(factors, Outer):
     return _matmul(flat(gradient(factors)), flat(directions).T)
   batch, _, positions, width = factors.a.shape
@@ -191,6 +200,10 @@ def dot(factors: Factors, directions: Array) -> Array:
 
 def squares(factors: Factors) -> Array:
   """Sum over the batch of squared per-example gradients [G, O, I]."""
+  if isinstance(factors, Lookup) and _is_sparse(factors):
+    once = _merged(factors)
+    squared_NxO = jnp.square(once.dy).reshape(-1, once.dy.shape[-1])
+    return _rows(once.rows, once.ids.reshape(-1), squared_NxO).T[None]
   if not isinstance(factors, Outer):
     return jnp.sum(jnp.square(gradient(factors)), axis=0)
   if factors.a.shape[2] == 1:
@@ -203,20 +216,28 @@ def weighted_norm(factors: Factors, weights: Array) -> Array:
   """sum(weights * gradient²) of each example [B]; weights [G, O, I]."""
   if isinstance(factors, Outer) and factors.a.shape[2] == 1:
     return dot(_squared(factors), weights[None])[:, 0]
+  if isinstance(factors, Lookup) and _is_sparse(factors):
+    once = _merged(factors)
+    return dot(
+      dataclasses.replace(once, dy=jnp.square(once.dy)), weights[None]
+    )[:, 0]
   squared = jnp.square(gradient(factors))
   return _matmul(squared.reshape(squared.shape[0], -1), weights.reshape(-1))
 
 
 def norm(factors: Factors) -> Array:
   """Squared Euclidean norm of each example's gradient [B]."""
+  if isinstance(factors, Lookup) and _is_sparse(factors):
+    return jnp.square(_merged(factors).dy).sum(axis=(1, 2))
   if not isinstance(factors, Outer):
     return jnp.sum(jnp.square(gradient(factors)), axis=(1, 2, 3))
   if factors.a.shape[2] == 1:
     a, dy = _upcast(factors.a), _upcast(factors.dy)
     a2_BxG = jnp.sum(jnp.square(a), axis=(2, 3)) + float(factors.bias)
     return jnp.sum(a2_BxG * jnp.sum(jnp.square(dy), axis=(2, 3)), axis=1)
-  flat = (x.reshape(x.shape[0], -1) for x in _gradient_parts(factors))
-  return sum(jnp.square(x).sum(axis=1) for x in flat)
+  grad, *bias = _gradient_parts(factors)
+  total = jnp.square(grad).sum(axis=(1, 2, 3))
+  return total + sum(jnp.square(x).sum(axis=(1, 2)) for x in bias)
 
 
 def entries(factors: Factors, directions: Any = None) -> int:
@@ -228,7 +249,10 @@ def entries(factors: Factors, directions: Any = None) -> int:
   if isinstance(factors, Dense):
     return 0
   if isinstance(factors, Lookup):
-    return factors.rows * factors.dy.shape[-1]
+    positions, outputs = factors.dy.shape[1:]
+    queries = 1 if directions is None else directions.shape[0]
+    sparse = positions * (positions + queries * outputs)
+    return sparse if _is_sparse(factors) else factors.rows * outputs
   _, groups, positions, inputs = factors.a.shape
   if positions == 1:
     queries = 0 if directions is None else directions.shape[0]
@@ -299,7 +323,35 @@ def _rows(
 ) -> Array:
   """Sums of values by index [rows, O]."""
   table = jnp.zeros((rows, values_NxO.shape[-1]), dtype or values_NxO.dtype)
-  return table.at[ids_N].add(values_NxO.astype(table.dtype), mode="drop")
+  values_NxO = values_NxO.astype(table.dtype)
+  return table.at[ids_N].add(
+    values_NxO, mode="drop", wrap_negative_indices=False
+  )
+
+
+def _is_sparse(factors: Lookup) -> bool:
+  """Whether most rows of every example's gradient are zero."""
+  return factors.dy.shape[1] < factors.rows
+
+
+def _merged(factors: Lookup) -> Lookup:
+  """The same gradients with every row at one position, zeros at the others."""
+  ids_BxT = factors.ids
+  same_BxTxT = ids_BxT[:, :, None] == ids_BxT[:, None, :]
+  own_1xT = jnp.arange(ids_BxT.shape[1])[None]
+  first_BxT = jnp.argmax(same_BxTxT, axis=2) == own_1xT
+  kept_BxT = first_BxT & (ids_BxT >= 0) & (ids_BxT < factors.rows)
+  chosen_BxTxT = (same_BxTxT & kept_BxT[:, :, None]).astype(factors.dy.dtype)
+  summed_BxTxO = _einsum("bts,bso->bto", chosen_BxTxT, factors.dy)
+  return dataclasses.replace(factors, dy=summed_BxTxO)
+
+
+def _at(directions_Qx1xOxI: Array, factors: Lookup) -> Array:
+  """Rows of the directions where the examples look [B, T, Q, O]."""
+  table_IxQxO = jnp.moveaxis(directions_Qx1xOxI[:, 0], -1, 0)
+  return table_IxQxO.at[factors.ids].get(
+    mode="fill", fill_value=0, wrap_negative_indices=False
+  )
 
 
 def _positions(x_BxGxTxD: Array) -> Array:

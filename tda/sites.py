@@ -183,10 +183,7 @@ def _lookup(
 
   def factors(indices, dy):
     ids_T = ids(indices)
-    if clip:
-      ids_T = jnp.clip(ids_T, 0, rows - 1)
-    else:
-      ids_T = jnp.where(ids_T < 0, rows, ids_T)
+    ids_T = jnp.clip(ids_T, 0, rows - 1) if clip else ids_T
     return Lookup(ids_T, dy.transpose(y_order).reshape(-1, outputs), rows)
 
   def matrix(w):

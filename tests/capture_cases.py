@@ -251,11 +251,11 @@ ELEMENTWISE = {
     b=(),
   ),
   "bias_wider_than_the_output": _leaf(
-    lambda p, x: x @ p["w"] + p["b"],
+    lambda p, x: x @ p["w"] + p["b"][:, None],
     (3, 2),
     (1, 3),
-    {"w": ("matrix", (1, 2, 3)), "b": ("vector", (1, 10, 1))},
-    b=(5, 2),
+    {"w": ("matrix", (1, 2, 3)), "b": ("vector", (1, 2, 1))},
+    b=(2,),
   ),
   "bias_after_another_reader": _leaf(
     _read_twice,

@@ -95,8 +95,10 @@ def _branch_in_scan(p, x):
 
 def _infinite_branch(p, x):
   """The branch that is not taken has an infinite derivative."""
+  h = layer(p, x)
+  zero = h - lax.stop_gradient(h)
   root = lambda x: jnp.sqrt(x @ p["other"])
-  return lax.cond(x.sum() > 9, root, lambda x: layer(p, x), x - x)
+  return lax.cond(x.sum() > 9, root, lambda x: x @ p["other"], zero)
 
 
 def _doublings(x):
@@ -209,7 +211,7 @@ CONTROL = {
     ),
   ),
   "cond_with_infinite_branch": of_layer(
-    _infinite_branch, {"other": WEIGHT, "w": LAYER}, other=(3, 3)
+    _infinite_branch, {"w": LAYER, "other": WEIGHT}, other=(3, 3)
   ),
   "while": of_layer(lambda p, x: layer(p, x) * _doublings(x)),
   "while_over_stopped_parameters": of_layer(

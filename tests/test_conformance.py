@@ -130,8 +130,8 @@ def test_bfloat16(method):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-  """A run that is stopped in every pass but the last, and its batches."""
-  stops, handed, spread = [3, 9, 14, 18, 22], [], meshes.spread
+  """A run that is stopped in three of its passes, and its batches."""
+  stops, handed, spread = [3, 14, 22], [], meshes.spread
   variation = Variation(
     loop=Loop(4, directory=str(tmp_path_factory.mktemp("run")), save_every=0)
   )
@@ -161,5 +161,5 @@ def test_resume(resumed, method):
 def test_resuming_repeats_only_what_was_not_saved(resumed):
   _, handed, interruptions = resumed
   batches = 4 * 6 + 2  # four of the training data in each pass, two of queries
-  assert interruptions == 5
+  assert interruptions == 3
   assert handed <= batches + 2 * interruptions

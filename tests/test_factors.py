@@ -1,30 +1,14 @@
-"""Products with factored gradients equal those with the gradients."""
+"""Products of factored gradients against the materialised gradient."""
 
-import functools
+import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capture_checks import quick
 
 from tda import factors
-
-B, O, I = 5, 3, 4  # noqa: E741
-
-# (groups, positions, bias), None for a lookup, a number of inputs if dense.
-KINDS = {
-  "outer": (1, 1, False),
-  "outer_bias": (1, 1, True),
-  "outer_groups": (2, 1, True),
-  "positions": (1, 6, False),
-  "positions_bias": (1, 6, True),
-  "positions_groups": (2, 6, True),
-  "lookup": None,
-  "dense": I,
-  "dense_column": 1,
-}
+from tda.factors import Dense, Lookup, Outer
 
 
 @pytest.fixture(autouse=True)
@@ -33,179 +17,107 @@ def _float64():
     yield
 
 
-def make(name, dtype=np.float64):
-  """Factors, and their inputs [B, G, T, I] and output gradients [B, G, T, O]
-  in numpy; None for a dense gradient, which is returned instead."""
+def _normal(*shape):
+  return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape))
+
+
+def _lookup(batch, positions, outputs, rows):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(dtype)
-  kind = KINDS[name]
-  if isinstance(kind, int):
-    grad = draw(B, 2, O, kind)
-    return factors.Dense(jnp.asarray(grad)), None, None, grad
-  if kind is None:
-    ids, dy = rng.integers(0, I + 1, (B, 7)), draw(B, 7, O)
-    a = np.eye(I + 1)[ids][..., :I][:, None]  # the last index is outside
-    made = factors.Lookup(jnp.asarray(ids), jnp.asarray(dy), I)
-    dy = dy[:, None]
-  else:
-    groups, positions, bias = kind
-    a, dy = draw(B, groups, positions, I), draw(B, groups, positions, O)
-    made = factors.Outer(jnp.asarray(a), jnp.asarray(dy), bias)
-    if bias:
-      a = np.concatenate([a, np.ones((B, groups, positions, 1))], axis=-1)
-  return made, a, dy, np.einsum("bgto,bgti->bgoi", dy, a)
+  # Some ids repeat within an example, and -1 and `rows` are outside.
+  ids = jnp.asarray(rng.integers(-1, rows + 1, (batch, positions)))
+  ids = ids.at[:, -1].set(ids[:, 0])
+  return Lookup(ids, _normal(batch, positions, outputs), rows)
 
 
-def draw_like(grad, *lead):
-  rng = np.random.default_rng(1)
-  return rng.normal(size=(*lead, *grad.shape[1:]))
+def _outer(groups, positions, bias):
+  a, dy = _normal(4, groups, positions, 6), _normal(4, groups, positions, 3)
+  return Outer(a, dy, bias)
 
 
-close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+CASES = {
+  "one position": lambda: _outer(1, 1, True),
+  "one position, no bias": lambda: _outer(1, 1, False),
+  "one position, groups": lambda: _outer(2, 1, True),
+  "positions": lambda: _outer(1, 2, True),
+  "many positions": lambda: _outer(1, 9, True),
+  "positions, groups": lambda: _outer(2, 5, False),
+  "lookup, sparse": lambda: _lookup(4, 5, 3, 9),
+  "lookup, full": lambda: _lookup(4, 8, 3, 5),
+  "dense": lambda: Dense(_normal(4, 2, 3, 5)),
+}
 
 
-@quick
-def products(made, directions, weights):
-  return {
-    "gradient": factors.gradient(made),
-    "dot": factors.dot(made, directions),
-    "dots of few": factors.dot(made, directions[:2]),
-    "dots of some": factors.dot(made, directions[:4]),
-    "squares": factors.squares(made),
-    "norm": factors.norm(made),
-    "weighted norm": factors.weighted_norm(made, weights),
+def _materialised(parts):
+  """From the definition: sum over positions of dy aᵀ."""
+  if isinstance(parts, Dense):
+    return np.asarray(parts.grad)
+  dy = np.asarray(parts.dy)
+  if isinstance(parts, Lookup):
+    one_hot = np.asarray(parts.ids)[..., None] == np.arange(parts.rows)
+    return np.einsum("bto,bti->boi", dy, one_hot)[:, None]
+  a = np.asarray(parts.a)
+  if parts.bias:
+    a = np.concatenate([a, np.ones_like(a[..., :1])], axis=-1)
+  return np.einsum("bgto,bgti->bgoi", dy, a)
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("queries", [1, 2, 5, 20])
+def test_dot(make, queries):
+  grad = _materialised(make())
+  directions = _normal(queries, *grad.shape[1:])
+  expected = np.einsum("bgoi,qgoi->bq", grad, directions)
+  np.testing.assert_allclose(
+    factors.dot(make(), directions), expected, rtol=1e-12, atol=1e-12
+  )
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_quadratic_products(make):
+  grad = _materialised(make())
+  weights = jnp.square(_normal(*grad.shape[1:]))
+  results = {
+    "gradient": (factors.gradient(make()), grad),
+    "squares": (factors.squares(make()), (grad**2).sum(axis=0)),
+    "norm": (factors.norm(make()), (grad**2).sum(axis=(1, 2, 3))),
+    "weighted": (
+      factors.weighted_norm(make(), weights),
+      np.einsum("bgoi,goi->b", grad**2, weights),
+    ),
   }
-
-
-def expected_products(grad, directions, weights):
-  dots = np.einsum("bgoi,qgoi->bq", grad, directions)
-  return {
-    "gradient": grad,
-    "dot": dots,
-    "dots of few": dots[:, :2],
-    "dots of some": dots[:, :4],
-    "squares": np.sum(grad**2, axis=0),
-    "norm": np.sum(grad**2, axis=(1, 2, 3)),
-    "weighted norm": np.einsum("bgoi,goi->b", grad**2, weights),
-  }
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_products(name):
-  """Seven directions: more than examples; two and four: about the inputs."""
-  made, _, _, grad = make(name)
-  directions, weights = draw_like(grad, 7), np.square(draw_like(grad))
-  chex.assert_trees_all_close(
-    products(made, directions, weights),
-    expected_products(grad, directions, weights),
-    rtol=1e-11,
-    atol=1e-12,
-  )
-  if isinstance(made, factors.Outer):
-    close(factors.gradient_sum(made), grad.sum(axis=0))
-
-
-@pytest.mark.parametrize("sides", ["both", "inputs", "outputs"])
-@pytest.mark.parametrize("name", ["outer_groups", "positions_bias", "dense"])
-def test_rotation(name, sides):
-  """And the products taken after it, as an eigenvalue refit takes them."""
-  made, _, _, grad = make(name)
-  rng = np.random.default_rng(2)
-  _, groups, outputs, inputs = grad.shape
-  left = rng.normal(size=(groups, inputs, inputs))
-  right = rng.normal(size=(groups, outputs, outputs))
-  if sides == "outputs":
-    left = None
-  else:
-    grad = np.einsum("bgoi,gij->bgoj", grad, left)
-  if sides == "inputs":
-    right = None
-  else:
-    grad = np.einsum("bgoi,gop->bgpi", grad, right)
-  directions, weights = draw_like(grad, 7), np.square(draw_like(grad))
-  rotated = quick(factors.rotate)(made, left, right)
-  chex.assert_trees_all_close(
-    products(rotated, directions, weights),
-    expected_products(grad, directions, weights),
-    rtol=1e-11,
-    atol=1e-12,
-  )
-
-
-def test_rotation_of_a_lookup():
-  made, _, _, grad = make("lookup")
-  basis = jnp.asarray(np.random.default_rng(2).normal(size=(1, O, O)))
-  close(
-    factors.gradient(factors.rotate(made, None, basis)),
-    np.einsum("bgoi,gop->bgpi", grad, basis),
-  )
-  with pytest.raises(ValueError, match="inputs of a lookup"):
-    factors.rotate(made, jnp.eye(I)[None], None)
-
-
-@quick
-def moments_of(made, lanes):
-  padded = zeroed(made, lanes)
-  return {
-    (masked, diagonal): factors.moments(
-      padded if masked else made, lanes if masked else None, diagonal
+  for name, (got, expected) in results.items():
+    np.testing.assert_allclose(
+      got, expected, rtol=1e-12, atol=1e-12, err_msg=name
     )
-    for masked in (True, False)
-    for diagonal in (True, False)
-  }
 
 
-@pytest.mark.parametrize("name", [k for k in KINDS if k != "dense"])
-def test_moments(name):
-  made, a, dy, grad = make(name)
-  if a is None:
-    a, dy = np.ones((B, 2, 1, 1)), grad.swapaxes(2, 3)
-  mask = np.array([1, 0, 1, 1, 0.0])
-  for (masked, diagonal), got in moments_of(made, mask).items():
-    lanes = mask if masked else np.ones(B)
-    inputs = np.einsum("b,bgti,bgtj->gij", lanes, a, a)
-    outputs = np.einsum("b,bgto,bgtp->gop", lanes, dy, dy)
-    if name == "lookup":
-      inputs = np.diagonal(inputs, axis1=1, axis2=2)
-    elif diagonal:
-      outputs = np.diagonal(outputs, axis1=1, axis2=2)
-    close(got.inputs, inputs)
-    close(got.outputs, outputs)
-    close(got.positions, lanes.sum() * a.shape[2])
-
-
-def zeroed(made, lanes):
-  """What capture hands over: no gradients where examples do not count."""
-  field = "grad" if isinstance(made, factors.Dense) else "dy"
-  value = getattr(made, field)
-  mask = jnp.asarray(lanes).reshape(-1, *[1] * (value.ndim - 1))
-  return type(made)(**{**vars(made), field: value * mask})
-
-
-def test_moments_of_a_materialised_matrix_are_refused():
-  made = make("dense")[0]
-  with pytest.raises(ValueError, match="once a gradient is materialised"):
-    factors.moments(made, None, False)
-
-
-@pytest.mark.parametrize("name", [k for k in KINDS if "dense" not in k])
-def test_products_of_bfloat16_accumulate_in_float32(name):
-  """T products of rounded numbers, none of the sums rounded to bfloat16."""
-  made, _, _, _ = make(name, np.float32)
-  cast = lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x
-  made = jax.tree.map(cast, made)
-  exact = factors.gradient(
-    jax.tree.map(lambda x: x.astype(float) if x.dtype != int else x, made)
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_rotation(make):
+  grad = _materialised(make())
+  _, groups, outputs, inputs = grad.shape
+  left, right = _normal(groups, outputs, outputs), _normal(groups, inputs, 1)
+  right = right * _normal(inputs)[None, None]  # any matrix, not only a basis
+  if isinstance(make(), Lookup):
+    right = None  # the inputs of a lookup have no basis
+  rotated = factors.rotate(make(), right, left)
+  expected = np.einsum("bgoi,gop->bgpi", grad, left)
+  if right is not None:
+    expected = np.einsum("bgpi,gij->bgpj", expected, right)
+  np.testing.assert_allclose(
+    _materialised(rotated), expected, rtol=1e-12, atol=1e-12
   )
-  eps = float(jnp.finfo(jnp.float32).eps)
-  everything = lambda made: (
-    factors.gradient(made),
-    factors.moments(made, None, False),
-    factors.norm(made),
-    factors.squares(made),
+
+
+def test_entries_bound_what_products_form():
+  # With one position the cheaper side is held: outputs for each query, or
+  # the gradient once there are more queries than inputs.
+  single = Outer(_normal(4, 1, 1, 6), _normal(4, 1, 1, 3), True)
+  assert factors.entries(single) == 0
+  assert factors.entries(single, _normal(2, 1, 3, 7)) == 2 * 3
+  assert factors.entries(single, _normal(20, 1, 3, 7)) == 6 * 3
+  many = dataclasses.replace(
+    single, a=_normal(4, 1, 5, 6), dy=_normal(4, 1, 5, 3)
   )
-  got, *others = quick(everything)(made)
-  assert got.dtype == jnp.float32
-  # Sums of at most 7 products of which none exceeds 16.
-  np.testing.assert_allclose(got, exact, atol=7 * 16 * eps)
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(others))
+  assert factors.entries(many) == 3 * 7
+  # A sparse lookup never forms its table.
+  assert factors.entries(_lookup(4, 5, 3, 10_000)) < 10_000

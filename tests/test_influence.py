@@ -236,18 +236,24 @@ def scoring(name="tied", **replaced):
   return score(**{**args, **replaced})
 
 
-def spoiled(data, row):
+def spoiled(data, row, value):
   x = data["x"].copy()
-  x[row, 0] = np.nan
+  x[row, 0] = value
   return {**data, "x": x}
 
 
-def test_bad_input_is_named():
-  p, _, responses, queries = problem("tied")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_named(value):
+  """A hyperbolic tangent hides infinity from the loss, not from gradients."""
+  p, _, _, queries = problem("tied")
   with pytest.raises(ValueError, match="example 6 are not finite"):
-    scoring(train=spoiled(p.data, 6))
+    scoring(train=spoiled(p.data, 6, value))
   with pytest.raises(ValueError, match="measurement of query 2,"):
-    scoring(queries=spoiled(queries, 2))
+    scoring(queries=spoiled(queries, 2, value))
+
+
+def test_bad_input_is_refused():
+  p, _, responses, queries = problem("tied")
   with pytest.raises(ValueError, match="queries: the batch has structure"):
     scoring(queries={"x": queries["x"]})
   with pytest.raises(
