@@ -9,6 +9,7 @@ respected, so a parameter that enters one is generic there; so is one that
 enters a while loop, which reverse mode cannot differentiate anyway.
 
   finding.find(fn, params, example)   the uses, from shapes alone
+  sharing.groups(program, leaves)     which uses concern the same entries
   evaluating.evaluate(program, ...)   runs it, handing each use to a callback
   equations                           what reading a jaxpr takes, one equation
 
