@@ -50,8 +50,7 @@ def new(name: str, **fields: object) -> ConfigDict:
   config.damping = 0.1  # relative to the mean eigenvalue of a layer
   config.sweep_labels = ()  # further rows of the table, for each pair of
   config.sweep_dampings = ()  # labels and relative damping
-  config.fit_batch_size = 512  # examples
-  config.score_batch_size = 512  # examples
+  config.fit_batch_size = 512  # examples, of every pass
 
   # Retraining: LDS takes subsets x seeds runs.
   config.subsets = 200
@@ -84,7 +83,6 @@ def sized(config: ConfigDict, size: str) -> ConfigDict:
       batch_size=32,
       num_queries=8,
       fit_batch_size=64,
-      score_batch_size=64,
       subsets=8,
       retrain_seeds=2,
       removal_ks=(0, 8),

@@ -58,10 +58,25 @@ def apply(
     add = lambda total, i: (jax.tree.map(jnp.add, total, fn(take(i))), None)
     return lax.scan(add, total, index)[0]
   _, values = lax.scan(lambda _, i: (None, fn(take(i))), None, index)
-  values = jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(whole, *x.shape[2:]), values
-  )
+  values = join(values)
   if rest is None:
     return values
-  join = lambda x, y: jnp.concatenate([x, y])
-  return jax.tree.map(join, values, fn(rest))
+  append = lambda x, y: jnp.concatenate([x, y])
+  return jax.tree.map(append, values, fn(rest))
+
+
+def split(rows: PyTree, steps: int) -> PyTree:
+  """Rows [B, ...] as [steps, B / steps, ...]; every `steps`-th to a part.
+
+  So a leading axis that is spread over devices stays so within every part.
+  """
+  return jax.tree.map(
+    lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), rows
+  )
+
+
+def join(parts: PyTree) -> PyTree:
+  """The rows that `split` took apart."""
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts
+  )

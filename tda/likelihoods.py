@@ -239,15 +239,20 @@ def margin(objective: Objective) -> Loss:
 
 
 def _softmax_hessian(logits: jax.Array, v: jax.Array) -> jax.Array:
-  """(diag(p) − p pᵀ) v along the last axis."""
+  """(diag(p) − p pᵀ) v along the last axis.
+
+  Two terms, not p (v − p·v): XLA of JAX 0.10 compiles that one to wrong numbers
+  on a CPU, where many v share one p.
+  """
   p = jax.nn.softmax(logits)
-  return p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+  return p * v - p * jnp.vecdot(p, v)[..., None]
 
 
 def _softmax_root(logits: jax.Array, u: jax.Array) -> jax.Array:
-  """√p∘u − p (√p·u) along the last axis."""
-  root = jnp.sqrt(jax.nn.softmax(logits))
-  return root * (u - root * jnp.sum(root * u, axis=-1, keepdims=True))
+  """√p∘u − p (√p·u) along the last axis; two terms, as above."""
+  p = jax.nn.softmax(logits)
+  root = jnp.sqrt(p)
+  return root * u - p * jnp.vecdot(root, u)[..., None]
 
 
 def _picked(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ are not finite, and can save as they go and continue after a kill, with any
 batch size.
 """
 
+import functools
 import math
 import os
 import time
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax import lax
 
-from tda import checkpoints, meshes, parts
+from tda import checkpoints, chunks, meshes, parts
 
 Array = jax.Array
 PyTree: TypeAlias = Any
@@ -43,6 +45,9 @@ class Loop(NamedTuple):
       there is taken up. It must belong to the same pass, which the caller
       sees to.
     save_every: seconds between saves.
+    microbatch: rows of a batch that are computed at a time, one microbatch
+      after another in the same program: memory is then that of a microbatch.
+      None: the whole batch. A multiple of the mesh's "data" axis.
   """
 
   batch_size: int = 128
@@ -50,6 +55,7 @@ class Loop(NamedTuple):
   mesh: jax.sharding.Mesh | None = None
   directory: str | None = None
   save_every: float = 60.0
+  microbatch: int | None = None
 
   def stage(self, name: str) -> "Loop":
     """The loop of one pass of several: its own folder and name on the bar."""
@@ -91,7 +97,7 @@ def fold(
   if loop.directory is not None and checkpoints.exists(loop.directory):
     found = checkpoints.load(loop.directory, record(seen))
     state, seen = found["state"], int(meshes.fetch(found["seen"]))
-  update = jax.jit(stream.update, donate_argnums=0)
+  update = functools.partial(_update, stream.update, loop.microbatch)
   unchecked: list[tuple[Array, int]] = []
   saved = time.monotonic()
 
@@ -126,7 +132,7 @@ def each(
     ValueError: the first example whose outputs are not finite, by index.
   """
   n = rows(data)
-  run = jax.jit(fn)
+  run = functools.partial(_values, fn, loop.microbatch)
   params = meshes.replicate(params, loop.mesh)
   totals: list[np.ndarray] = []
   seen, treedef, shapes = 0, None, []
@@ -198,7 +204,7 @@ def _batches(
   if loop.batch_size < 1:
     raise ValueError(f"batch_size must be positive, got {loop.batch_size}")
   n = rows(data)
-  multiple = 1 if loop.mesh is None else loop.mesh.shape["data"]
+  multiple = _multiple(loop)
   count = max(1, math.ceil((n - seen) / loop.batch_size))
   size = math.ceil((n - seen) / count / multiple) * multiple
   padded = (n - seen) % size != 0 if size else False
@@ -213,6 +219,40 @@ def _batches(
       batch = _slice(data, index, lanes)
       yield meshes.spread(batch, loop.mesh), start, stop
       bar.update(stop - start)
+
+
+def _multiple(loop: Loop) -> int:
+  """What the number of rows of a batch is a multiple of."""
+  devices = 1 if loop.mesh is None else loop.mesh.shape["data"]
+  if loop.microbatch is None:
+    return devices
+  if loop.microbatch < 1 or loop.microbatch % devices:
+    raise ValueError(
+      f"microbatch={loop.microbatch} cannot be spread over {devices} devices: "
+      f"it is a positive multiple of {devices}"
+    )
+  return loop.microbatch
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _update(update, microbatch, state, params, batch):
+  if microbatch is None:
+    return update(state, params, batch)
+  step = lambda state, part: update(state, params, part)
+  state, finite = lax.scan(step, state, _microbatches(batch, microbatch))
+  return state, chunks.join(finite)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _values(fn, microbatch, params, batch):
+  if microbatch is None:
+    return fn(params, batch)
+  parts = _microbatches(batch, microbatch)
+  return chunks.join(lax.map(lambda part: fn(params, part), parts))
+
+
+def _microbatches(batch: Batch, size: int) -> Batch:
+  return chunks.split(batch, len(batch.positions) // size)
 
 
 def _slice(data: PyTree, index: np.ndarray, lanes: np.ndarray | None) -> Batch:

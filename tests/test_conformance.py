@@ -66,6 +66,22 @@ def test_batches_of_examples_and_of_queries(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_microbatches(method):
+  """Of 3 rows in batches of 6, so that the last is filled up."""
+  found = run(Variation(loop=Loop(6, microbatch=3)))[method]
+  assert_close(found, run(Variation())[method])
+
+
+def test_microbatches_on_devices():
+  loop = Loop(8, mesh=meshes.mesh(4, 1), microbatch=4)
+  chosen = ("ekfac",)
+  found = run(Variation(methods=chosen, loop=loop))["ekfac"]
+  assert_close(found, run(Variation())["ekfac"])
+  with pytest.raises(ValueError, match="multiple of 4"):
+    run(Variation(methods=chosen, loop=loop._replace(microbatch=6)))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_permutation(method):
   """Scores move with their examples and queries; a draw stays in its place."""
   found = run(SMALL._replace(shuffled=True))[method]

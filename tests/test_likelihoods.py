@@ -196,3 +196,16 @@ def test_a_class_out_of_range_is_nan(target):
 def test_bad_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@pytest.mark.parametrize("product", ["hessian", "sqrt_hessian"])
+def test_many_directions_of_many_examples(product):
+  """XLA has miscompiled this at such sizes: see `_softmax_hessian`."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(1437, 10)).astype(np.float32)
+  directions = rng.normal(size=(4, 1437, 10)).astype(np.float32)
+  apply = getattr(likelihoods.categorical(), product)
+  each = jax.vmap(lambda o, v: apply(o, jnp.int32(0), v))
+  found = jax.jit(jax.vmap(each, (None, 0)))(logits, directions)
+  expected = np.stack([jax.jit(each)(logits, v) for v in directions])
+  assert np.abs(found - expected).max() < 1e-6

@@ -55,7 +55,6 @@ class Setting:
   sweep_labels: tuple[str, ...] = ()
   sweep_dampings: tuple[float, ...] = ()
   fit_batch_size: int = 512
-  score_batch_size: int = 512
   subsets: int = 200
   subset_fraction: float = 0.5
   retrain_seeds: int = 3
