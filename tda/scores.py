@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tda.curvature.labels import Labels
+from tda.inverse.iterative import Info
 from tda.inverse.spectral import Damping
 
 SIGN = "positive: leaving the training example out raises the measurement"
@@ -24,6 +25,8 @@ class Scores(NamedTuple):
     coverage: share of the parameters that is attributed, 0 to 1.
     by_site: {block: [N, *stack, Q]}, which add up to `values`; None unless
       asked for.
+    info: how the solve of each query ended; None for methods that do not
+      iterate.
     sign: what a positive score means.
   """
 
@@ -35,6 +38,7 @@ class Scores(NamedTuple):
   labels: Labels | None = None
   coverage: float = 1.0
   by_site: dict[str, np.ndarray] | None = None
+  info: Info | None = None
   sign: str = SIGN
 
 

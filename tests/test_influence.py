@@ -11,6 +11,7 @@ from oracles import N
 
 from tda import blocks, likelihoods, streams
 from tda.attribution import influence
+from tda.attribution.responses import Cosine, Identity
 from tda.curvature import fitting
 from tda.inverse import spectral
 from tda.likelihoods import Objective
@@ -37,9 +38,9 @@ def problem(name):
   dampings = spectral.relative(0.1), spectral.absolute(0.01)
   inverses = [spectral.inverse(curvature, d) for d in dampings]
   responses = dict(zip(CURVED, inverses, strict=True))
-  responses["dot"] = influence.Identity()
-  responses["cosine"] = influence.Cosine(influence.Identity())
-  responses["curved_cosine"] = influence.Cosine(inverses[0])
+  responses["dot"] = Identity()
+  responses["cosine"] = Cosine(Identity())
+  responses["curved_cosine"] = Cosine(inverses[0])
   queries = jax.tree.map(lambda x: x[::-1][:Q], p.data)
   return p, curvature, responses, queries
 

@@ -10,8 +10,6 @@ removal). Any number of responses is scored in one pass over the training set.
 Notation: N training examples, Q queries, B batch.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -21,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import factors, gradients, meshes, streams, taps
+from tda.attribution.responses import Cosine, Identity, Operator, apply
 from tda.blocks import Blocks, Trace
+from tda.inverse.iterative import Info
 from tda.inverse.spectral import Response
 from tda.likelihoods import Objective
 from tda.scores import CHANGE, SIMILARITY, Scores
@@ -29,43 +29,6 @@ from tda.streams import Batch, Loop
 
 Array = jax.Array
 PyTree: TypeAlias = Any
-Operator: TypeAlias = Callable[[Blocks], Blocks]
-"""A response: blocks [Q, *stack, G, O, I] -> the same."""
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=(), meta_fields=()
-)
-@dataclasses.dataclass(frozen=True)
-class Identity:
-  """The response of gradient dot products."""
-
-  def __call__(self, blocks: Blocks) -> Blocks:
-    """The same blocks."""
-    return blocks
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=("operator",), meta_fields=()
-)
-@dataclasses.dataclass(frozen=True)
-class Cosine:
-  """The cosine of ∇ℓ and R ∇m instead of their product, for any response R.
-
-  Zero where either vanishes. Its scores are similarities, not changes.
-  """
-
-  operator: Operator
-
-  def __call__(self, blocks: Blocks) -> Blocks:
-    """The operator's result, each query's divided by its norm."""
-    found = self.operator(blocks)
-    squares = sum(
-      jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), axis=1)
-      for x in found.values()
-    )
-    scale = jnp.where(squares > 0, jax.lax.rsqrt(squares), 0)
-    return {k: jax.vmap(jnp.multiply)(scale, x) for k, x in found.items()}
 
 
 def scorer(
@@ -110,13 +73,11 @@ def scorer(
     return run
 
   runs = {False: products(DOT), True: products(DOT_AND_SQUARE)}
-
-  @jax.jit
-  def stacked(responses, grads):
-    return _stack(found, [operator(grads) for operator in responses])
+  stack = jax.jit(lambda many: _stack(found, many))
 
   def directions(params, queries, index, responses, loop):
-    """Responses of the queries [*stack, responses * Q, G, O, I], by block."""
+    """Responses of the queries [*stack, responses * Q, G, O, I] by block, and
+    how solvers ended by response."""
     rows = jax.tree.map(lambda x: np.asarray(x)[index], queries)
     batch = Batch(rows, index.astype(np.int32), None)
     batch = meshes.replicate(batch, loop.mesh)
@@ -127,10 +88,9 @@ def scorer(
       raise ValueError(
         f"the measurement of query {bad}, or its gradient, is not finite"
       )
-    operators = list(responses.values())
-    if any(callable(leaf) for leaf in jax.tree.leaves(operators)):
-      return _stack(found, [operator(grads) for operator in operators])
-    return stacked(operators, grads)
+    answers = {k: apply(r, grads) for k, r in responses.items()}
+    infos = {k: info for k, (_, info) in answers.items() if info is not None}
+    return stack([blocks for blocks, _ in answers.values()]), infos
 
   def score(params, train, queries, responses, *, loop=Loop()):
     total = streams.rows(queries)
@@ -140,10 +100,12 @@ def scorer(
       _check_rows(found, "queries", queries)
     params, responses = meshes.replicate((params, responses), loop.mesh)
     cosine = any(isinstance(r, Cosine) for r in responses.values())
-    run, norms, pieces = runs[cosine], None, []
+    run, norms, pieces, infos = runs[cosine], None, [], []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
     for i, index in enumerate(splits):
-      operands = (params, directions(params, queries, index, responses, loop))
+      answers, info = directions(params, queries, index, responses, loop)
+      operands = (params, answers)
+      infos.append(info)
       stage = loop
       if len(splits) > 1:
         stage = loop.stage(f"queries {i + 1} of {len(splits)}")
@@ -155,16 +117,7 @@ def scorer(
       pieces.append(
         {k: x.reshape(*x.shape[:-1], *shape) for k, x in values.items()}
       )
-    sites = {
-      name: np.concatenate([piece[name] for piece in pieces], axis=-1)
-      for name in pieces[0]
-    }
-    results = {}
-    for i, (name, response) in enumerate(responses.items()):
-      mine = {k: x[..., i, :] for k, x in sites.items()}
-      scores = _scores(found, name, response, mine, norms)
-      results[name] = scores if by_site else scores._replace(by_site=None)
-    return results
+    return _results(found, responses, pieces, norms, infos, by_site)
 
   return score
 
@@ -286,12 +239,42 @@ def _stack(found: Trace, many: Sequence[Blocks]) -> Blocks:
   }
 
 
+def _joined(infos: Sequence[Mapping[str, Info]], name: str) -> Info | None:
+  """How the solves of all batches of queries ended."""
+  known = [info[name] for info in infos if name in info]
+  if not known:
+    return None
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *known)
+
+
 def _sum_sites(sites: Mapping[str, Any], keep: int = 1) -> Any:
   """Sum over blocks and stacks, of arrays [N, *stack, *kept axes]."""
   return sum(
     x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
     for x in sites.values()
   )
+
+
+def _results(
+  found: Trace,
+  responses: Mapping[str, Operator],
+  pieces: Sequence[Mapping[str, np.ndarray]],
+  norms: np.ndarray | None,
+  infos: Sequence[Mapping[str, Info]],
+  by_site: bool,
+) -> dict[str, Scores]:
+  """Scores of every response from the products of each batch of queries."""
+  sites = {
+    name: np.concatenate([piece[name] for piece in pieces], axis=-1)
+    for name in pieces[0]
+  }
+  results = {}
+  for i, (name, response) in enumerate(responses.items()):
+    mine = {k: x[..., i, :] for k, x in sites.items()}
+    scores = _scores(found, name, response, mine, norms)
+    scores = scores._replace(info=_joined(infos, name))
+    results[name] = scores if by_site else scores._replace(by_site=None)
+  return results
 
 
 def _scores(

@@ -16,12 +16,12 @@ import jax
 
 from tda import blocks, likelihoods, streams
 from tda.attribution import baselines, influence
-from tda.attribution.influence import Operator
+from tda.attribution.responses import Cosine, Identity, Operator
 from tda.curvature import fitting
 from tda.curvature import labels as labels_lib
-from tda.curvature.kronecker import Curvature
 from tda.curvature.labels import Labels
-from tda.inverse import spectral
+from tda.inverse import solvers, spectral
+from tda.inverse.solvers import Budget
 from tda.inverse.spectral import Damping
 from tda.likelihoods import Loss, Objective, PyTree
 from tda.scores import Scores
@@ -36,6 +36,10 @@ METHODS: Mapping[str, str] = MappingProxyType(
     "diagonal": "⟨(D + δ)⁻¹ ∇m, ∇ℓ⟩ / N, D the mean squared gradient",
     "kfac": "the same with (A ⊗ S + δ)⁻¹",
     "ekfac": "the same with the eigenvalues refitted in that eigenbasis",
+    "cg": "⟨(G + δ)⁻¹ ∇m, ∇ℓ⟩ / N, G the exact Gauss-Newton Hessian, solved by "
+    "conjugate gradients with EK-FAC as preconditioner",
+    "astra": "the same by a stochastic series from EK-FAC's answer",
+    "lissa": "the same by the plain stochastic series",
   }
 )
 """The names that `attribute` takes, and how each is computed."""
@@ -54,6 +58,7 @@ def attribute(
   measurement: Loss | None = None,
   select: str | Sequence[str] | None = None,
   query_batch: int = 64,
+  budget: Budget = solvers.DEFAULT,
   loop: Loop = Loop(),
 ) -> dict[str, Scores]:
   """How much every training example matters to every query, by each method.
@@ -65,13 +70,15 @@ def attribute(
     train: pytree of arrays with leading axis N.
     queries: pytree of arrays with leading axis Q.
     methods: of `METHODS`.
-    labels: of the curvatures: "empirical", "exact", "sampled" or "sampled:K".
-    dampings: of the inverses; several cost no further pass.
-    key: for sampled labels and for "random".
+    labels: of the fitted curvatures: "empirical", "exact", "sampled" or
+      "sampled:K". Solvers always have the exact Gauss-Newton Hessian.
+    dampings: of the inverses; several cost no further pass, but a solve each.
+    key: for sampled labels, minibatches and "random".
     measurement: m(params, query) -> scalar that the scores are about; the loss
       unless given.
     select: patterns of the blocks to attribute to, as in `blocks.trace`.
     query_batch: queries held at a time, as in `influence.scorer`.
+    budget: of the solvers, "cg", "astra" and "lissa".
     loop: how to run over the data. Its directory keeps each pass in a folder
       of its own, and must belong to these arguments.
 
@@ -84,13 +91,39 @@ def attribute(
     objective = likelihoods.from_loss(objective)
   example = streams.example(train)
   found = blocks.trace(objective.outputs, params, example, select=select)
-  fit_key, random_key = (None, None) if key is None else jax.random.split(key)
+  keys = [None] * 3 if key is None else jax.random.split(key, 3)
+  random_key = keys[1]
+  solved = [name for name in methods if name in solvers.METHODS]
   fitted = [name for name in methods if name in fitting.METHODS]
-  curvatures: dict[str, Curvature] = {}
+  responses = _products(methods)
+
+  def fit(names, labels, stage):
+    run = fitting.fitter(found, objective, methods=names, labels=labels)
+    return run(params, train, key=keys[0], loop=stage)
+
   if fitted:
-    fit = fitting.fitter(found, objective, methods=fitted, labels=labels)
-    curvatures = fit(params, train, key=fit_key, loop=loop)
-  responses = _responses(methods, curvatures, dampings)
+    curvatures = fit(fitted, labels, loop)
+    responses |= {
+      _entry(name, damping, dampings): spectral.inverse(curvature, damping)
+      for name, curvature in curvatures.items()
+      for damping in dampings
+    }
+  if solved:
+    stage = loop.stage("preconditioner")
+    first = fit(["ekfac"], "sampled", stage)["ekfac"]
+    for name in solved:
+      make = solvers.maker(found, objective, name, budget=budget)
+      for damping in dampings:
+        entry = _entry(name, damping, dampings)
+        responses[entry] = make(
+          params,
+          train,
+          {k: damping.of(x) for k, x in first.eigenvalues.items()},
+          spectral.inverse(first, damping),
+          key=keys[2],
+          named=damping,
+          label=loop.label and f"{loop.label} {entry}",
+        )
   scores: dict[str, Scores] = {}
   if responses:
     score = influence.scorer(
@@ -109,22 +142,17 @@ def attribute(
   return {k: v for m in methods for k, v in scores.items() if belongs(k, m)}
 
 
-def _responses(
-  methods: Sequence[str],
-  curvatures: Mapping[str, Curvature],
-  dampings: Sequence[Damping],
-) -> dict[str, Operator]:
-  """What each method that is a product of gradients does to the query's."""
+def _products(methods: Sequence[str]) -> dict[str, Operator]:
+  """The responses of methods that are products of gradients as they are."""
   plain: dict[str, Operator] = {
-    "gradient_dot": influence.Identity(),
-    "gradient_cosine": influence.Cosine(influence.Identity()),
+    "gradient_dot": Identity(),
+    "gradient_cosine": Cosine(Identity()),
   }
-  responses = {name: plain[name] for name in methods if name in plain}
-  for name, curvature in curvatures.items():
-    for damping in dampings:
-      entry = name if len(dampings) == 1 else f"{name}@{damping.value:g}"
-      responses[entry] = spectral.inverse(curvature, damping)
-  return responses
+  return {name: plain[name] for name in methods if name in plain}
+
+
+def _entry(name: str, damping: Damping, dampings: Sequence[Damping]) -> str:
+  return name if len(dampings) == 1 else f"{name}@{damping.value:g}"
 
 
 def _check(
@@ -140,5 +168,6 @@ def _check(
   values = [damping.value for damping in dampings]
   if not values or len(set(values)) < len(values):
     raise ValueError(f"dampings name scores, and must differ; got {values}")
-  if "random" in methods and key is None:
-    raise ValueError('the method "random" draws its scores: give a key')
+  drawing = {"random", *solvers.METHODS} & set(methods)
+  if drawing and key is None:
+    raise ValueError(f"{sorted(drawing)} draw at random: give a key")
