@@ -93,7 +93,7 @@ def minibatches(
     chosen = jax.random.choice(
       jax.random.fold_in(key, k), n, (size,), replace=False
     )
-    rows = jax.tree.map(lambda x: x[chosen], data)
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[chosen], data)
     return curvature(found, objective, params, rows, kind=kind)(v)
 
   return product

@@ -216,7 +216,7 @@ class LowRank:
     parts = jax.vmap(
       lambda row: _against(self.vectors, jax.tree.map(lambda v: v[None], row))
     )(b)
-    turned = parts * (self.weights - self.rest)
+    turned = parts * (self.weights - self.rest)[None]
 
     def one(v, u):
       return jnp.tensordot(turned, u, 1) + self.rest * v
