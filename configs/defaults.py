@@ -51,6 +51,8 @@ def new(name: str, **fields: object) -> ConfigDict:
   config.sweep_labels = ()  # further rows of the table, for each pair of
   config.sweep_dampings = ()  # labels and relative damping
   config.fit_batch_size = 512  # examples, of every pass
+  config.query_batch = 128  # queries held at a time
+  config.solver_iterations = 100  # the most of cg, astra and lissa
 
   # Retraining: LDS takes subsets x seeds runs.
   config.subsets = 200

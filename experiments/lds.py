@@ -37,10 +37,9 @@ def main(_) -> None:
     name: lds.predictions(row.scores, bank["weights"])
     for name, row in rows.items()
   }
-  intervals = {
-    name: lds.bootstrap(lds.lds(bank["value"], x), task.key_for("bootstrap"))
-    for name, x in predicted.items()
-  }
+  per_query = {k: lds.lds(bank["value"], x) for k, x in predicted.items()}
+  key = task.key_for("bootstrap")
+  intervals = {k: lds.bootstrap(x, key) for k, x in per_query.items()}
   ceiling = float(np.mean(lds.noise_ceiling(bank["value"])))
   with workdir.timed("figures"):
     _draw(task, workdir.path, rows, predicted, bank, intervals, ceiling)
@@ -50,6 +49,9 @@ def main(_) -> None:
   workdir.record("seconds", {"total": total})
   table = [_row(k, rows[k], intervals[k]) for k in rows]
   print(tables.text(table, ceiling=ceiling))
+  if setting.sweep_dampings:
+    print("\nDamping chosen on every other query, LDS of the remaining ones")
+    print(tables.text(_chosen(task, rows, per_query), ceiling=ceiling))
   print(f"\n{total:.0f} seconds; figures and metrics.json in {workdir.path}")
 
 
@@ -78,6 +80,25 @@ def _draw(task: Problem, folder, rows, predicted, bank, intervals, ceiling):
     )
 
 
+def _chosen(
+  task: Problem,
+  rows: Mapping[str, Attribution],
+  per_query: Mapping[str, np.ndarray],
+) -> list[tables.Row]:
+  """One row for each method and its labels, at its best damping."""
+  grids: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+  for name, row in rows.items():
+    group = _method(name), row.labels
+    grids.setdefault(group, {})[name] = per_query[name]
+  held_out = np.arange(len(task.queries["y"])) % 2 == 1
+  table = []
+  for grid in grids.values():
+    choice = lds.choose(grid, held_out)
+    interval = lds.bootstrap(choice.per_query, task.key_for("bootstrap"))
+    table.append(_row(choice.name, rows[choice.name], interval))
+  return table
+
+
 def _spread_queries(value: np.ndarray) -> np.ndarray:
   """The queries on which the subsets disagree the most."""
   spread_Q = value.mean(axis=1).std(axis=0)
@@ -94,10 +115,17 @@ def _numbers(interval: Interval) -> Mapping[str, float]:
 
 def _row(name: str, row: Attribution, interval: Interval) -> tables.Row:
   damping = "" if row.damping is None else f"{row.damping:g} relative"
-  method = name.partition("@")[0].partition(",")[0]
   return tables.Row(
-    method, *_triple(interval), labels=row.labels, damping=damping
+    _method(name),
+    *_triple(interval),
+    labels=row.labels,
+    damping=damping,
+    note=row.note,
   )
+
+
+def _method(name: str) -> str:
+  return name.partition("@")[0].partition(",")[0]
 
 
 if __name__ == "__main__":

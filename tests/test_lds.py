@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tda.evaluation.lds import bootstrap, lds, noise_ceiling, predictions
+from tda.evaluation.lds import (
+  bootstrap,
+  choose,
+  lds,
+  noise_ceiling,
+  predictions,
+)
 
 KEY_SEEDS = (0, 1, 2)
 
@@ -147,3 +153,15 @@ def test_bad_shapes():
     lds(np.ones((3, 2)), np.ones((3, 2)))
   with pytest.raises(ValueError, match="confidence"):
     bootstrap(np.ones(3), jax.random.key(0), confidence=95)
+
+
+def test_a_damping_is_chosen_on_some_queries_and_judged_on_the_others():
+  candidates = {"a": np.array([0.9, 0.1, 0.9]), "b": np.array([0.5, 0.7, 0.5])}
+  held_out = np.array([False, True, False])
+  choice = choose(candidates, held_out)
+  assert (choice.name, choice.per_query.tolist()) == ("a", [0.1])
+  assert choice.validation == pytest.approx(0.9)
+  assert choose(candidates, ~held_out).name == "b"
+  for bad in (np.ones(3, bool), np.zeros(3, bool)):
+    with pytest.raises(ValueError, match="queries on both sides"):
+      choose(candidates, bad)

@@ -31,6 +31,7 @@ r = 2 sin(π s / 6), and back at the end.
 Notation: M masks, R seeds, Q queries, N examples.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -127,6 +128,32 @@ def bootstrap(
   tail = (1 - confidence) / 2
   low, high = np.quantile(means, [tail, 1 - tail], axis=0)
   return Interval(values.mean(0), low, high)
+
+
+class Choice(NamedTuple):
+  """A setting chosen on some queries and judged on the others."""
+
+  name: str
+  validation: float  # mean LDS where it was chosen
+  per_query: np.ndarray  # LDS of the other queries
+
+
+def choose(candidates: Mapping[str, np.ndarray], held_out: Array) -> Choice:
+  """The candidate of best mean LDS on the queries that are not held out.
+
+  Args:
+    candidates: {name: LDS by query [Q]}, as of several dampings.
+    held_out: bool [Q], the queries the choice is judged on.
+  """
+  held_Q = np.asarray(held_out, bool)
+  if not candidates or held_Q.all() or not held_Q.any():
+    raise ValueError(
+      f"choosing of {len(candidates)} candidates needs queries on both sides; "
+      f"{int(held_Q.sum())} of {held_Q.size} are held out"
+    )
+  means = {k: float(np.mean(v[~held_Q])) for k, v in candidates.items()}
+  best = max(means, key=lambda name: means[name])
+  return Choice(best, means[best], np.asarray(candidates[best])[held_Q])
 
 
 def finite(array: Array, noun: str, axes: tuple[str, ...]) -> np.ndarray:

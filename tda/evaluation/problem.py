@@ -55,6 +55,8 @@ class Setting:
   sweep_labels: tuple[str, ...] = ()
   sweep_dampings: tuple[float, ...] = ()
   fit_batch_size: int = 512
+  query_batch: int = 128
+  solver_iterations: int = 100
   subsets: int = 200
   subset_fraction: float = 0.5
   retrain_seeds: int = 3

@@ -15,10 +15,12 @@ from tda.curvature import labels as labels_lib
 from tda.evaluation import retraining
 from tda.evaluation.problem import Problem, Setting
 from tda.evaluation.workdir import Workdir
-from tda.inverse import spectral
+from tda.inverse import solvers, spectral
+from tda.inverse.iterative import Status
 
 PyTree = Any
 SPECTRAL = ("diagonal", "kfac", "ekfac")
+EXACT = "exact GGN"  # what solvers invert, whatever the labels of the others
 
 
 def trained(problem: Problem, workdir: Workdir) -> PyTree:
@@ -42,6 +44,7 @@ class Attribution(NamedTuple):
   scores: np.ndarray  # [N, Q]
   labels: str  # of the curvature; empty for methods without one
   damping: float | None  # relative
+  note: str = ""  # what a solver could not do
 
 
 def attributed(
@@ -66,22 +69,49 @@ def attributed(
         dampings=[spectral.relative(d) for d in dampings],
         key=problem.key_for(f"labels {labels}"),
         measurement=problem.measurement,
+        query_batch=setting.query_batch,
+        budget=solvers.Budget(limit=setting.solver_iterations),
         loop=streams.Loop(setting.fit_batch_size, label=f"{labels} labels"),
       )
-      return {name: scores.values for name, scores in found.items()}
+      ended = {
+        f"{name} status": np.asarray(scores.info.status)
+        for name, scores in found.items()
+        if scores.info is not None
+      }
+      return {name: scores.values for name, scores in found.items()} | ended
 
     main = i == 0
+    solved = set(chosen) <= set(solvers.METHODS)
     stage = "scores" if main else f"scores_{labels.replace(':', '_')}"
-    for entry, values in workdir.stage(stage, compute).items():
+    stage += "_solved" if solved and not main else ""
+    computed = workdir.stage(stage, compute)
+    for entry, values in computed.items():
       method, _, named = entry.partition("@")
-      if method not in SPECTRAL:
+      if entry.endswith(" status"):
+        continue
+      if method not in (*SPECTRAL, *solvers.METHODS):
         rows[method] = Attribution(values, "", None)
         continue
       damping = float(named or dampings[0])
-      suffix = "" if labels == setting.labels else f", {labels}"
+      said = EXACT if method in solvers.METHODS else labels
+      suffix = "" if said in (EXACT, setting.labels) else f", {labels}"
       name = method if main else f"{method}@{damping:g}{suffix}"
-      rows[name] = Attribution(values, labels, damping)
+      note = _unsolved(computed.get(f"{entry} status"))
+      rows[name] = Attribution(values, said, damping, note)
   return rows
+
+
+def _unsolved(status: np.ndarray | None) -> str:
+  """How many queries a solver left unsolved, and why."""
+  if status is None:
+    return ""
+  counts = {
+    one.name.lower(): int(np.sum(status == one))
+    for one in Status
+    if one != Status.CONVERGED
+  }
+  parts = [f"{count} {name}" for name, count in counts.items() if count]
+  return f"{', '.join(parts)} of {len(status)}" if parts else ""
 
 
 def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
@@ -114,10 +144,14 @@ def _rounds(
     (setting.labels, (setting.damping,), setting.methods)
   ]
   inverses = tuple(m for m in setting.methods if m in SPECTRAL)
+  solved = tuple(m for m in setting.methods if m in solvers.METHODS)
   dampings = tuple(setting.sweep_dampings) or (setting.damping,)
   for labels in setting.sweep_labels if inverses else ():
     same = labels_lib.parse(labels) == labels_lib.parse(setting.labels)
     chosen = [d for d in dampings if not (same and d == setting.damping)]
     if chosen:
       rounds.append((labels, tuple(chosen), inverses))
+  others = tuple(d for d in setting.sweep_dampings if d != setting.damping)
+  if solved and others:
+    rounds.append((setting.labels, others, solved))
   return rounds

@@ -1,9 +1,15 @@
 """What methods are called in figures and tables."""
 
 _NAMES = {
+  "arnoldi": "Arnoldi",
+  "astra": "ASTRA",
+  "cg": "CG",
+  "datainf": "DataInf",
   "ekfac": "EK-FAC",
   "gradient_dot": "gradient dot product",
+  "hyperinf": "HyperINF",
   "kfac": "K-FAC",
+  "lissa": "LiSSA",
 }
 
 

@@ -20,6 +20,7 @@ class Row(NamedTuple):
   seconds: float | None = None  # fitting and scoring, without retraining
   labels: str = ""  # of the curvature: "empirical", "sampled", "exact"
   damping: str = ""  # with its scale, as "0.1 relative"
+  note: str = ""  # what a solver could not do
 
 
 def text(rows: Sequence[Row], *, ceiling: float | None = None) -> str:
@@ -111,6 +112,7 @@ def _cells(
       "" if ceiling is None else f"{ceiling:z6.3f}",
     ),
     ("seconds", True, [_seconds(row.seconds) for row in ranked], ""),
+    ("unsolved queries", False, [row.note for row in ranked], ""),
   ]
   kept = [column for column in columns if any(column[2])]
   body = [list(cells) for cells in zip(*(c[2] for c in kept), strict=True)]

@@ -1,0 +1,287 @@
+"""How fast are inverses by matrix products, and how many products are needed?
+
+    python -m experiments.inversion [--smoke] [--dims=512,1024]
+
+The simulation of Zhou et al. 2024 (HyperINF), §4.1: A = Σ a aᵀ / N + 0.01 I
+with a ~ N(0, I), and the error ‖A⁻¹v − x‖ / ‖A⁻¹v‖ for v ~ N(0, I) over 40
+iterations, in float32 against a float64 solution, of
+
+  order 2, start 5e-5   Schulz's iteration as the paper runs it
+  order 2, 3, 9         `tda.inverse.hyperpower`, told of the damping 0.01
+  LiSSA                 the corrected x ← x + (v − A x) / (‖A‖_F + 1)
+  conjugate gradients   (these two with a product with a vector in an iteration)
+
+Float32 accuracy is an error of 4 ε κ(A), where ε = 1.2e-7. Then the time of a
+whole inverse against `jnp.linalg.inv` and a Cholesky solve, in interleaved
+rounds of one process, for the matrix of N = 800.
+
+Every case is a stage of --workdir: an interrupted run is taken up, and one of
+more dimensions adds to it.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from tda.evaluation.workdir import Arrays, Workdir
+from tda.inverse import hyperpower, krylov, neumann, polynomials
+from tda.inverse.iterative import Method
+from tda.report import convergence
+
+SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes.")
+DIMS = flags.DEFINE_list(
+  "dims", ["512", "1024", "2048", "4096"], "Dimensions of the simulation."
+)
+COUNTS = flags.DEFINE_list(
+  "counts", ["200", "800", "6400", "12800"], "Numbers N of vectors a."
+)
+TIMED = flags.DEFINE_list(
+  "timed", ["64", "128", "256", "512", "1024", "2048", "4096"], "To be timed."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the vectors.")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where results go; workdir/inversion/SIZE unless given."
+)
+
+Case: TypeAlias = tuple[int, int]  # dimension, N
+ITERATIONS, DAMPING, PAPER = 40, 0.01, "order 2, start 5e-5"
+ORDERS = {"order 2": 2, "order 3": 3, "order 9": 9}
+ROUNDS, ROUND_SECONDS, TIME_LIMIT = 7, 0.1, 20.0  # of timing a dimension
+
+
+class Solver(NamedTuple):
+  method: Method
+  step: Callable[[Any], Any]
+  whole: bool  # whether x is the inverse, of A, or a solution, of v
+
+
+def main(_) -> None:
+  started = time.monotonic()
+  dims, counts, timed = (
+    [*map(int, flag.value)] for flag in (DIMS, COUNTS, TIMED)
+  )
+  if SMOKE.value:
+    dims, counts, timed = [32], [16, 256], [16, 32]
+  size = "smoke" if SMOKE.value else "full"
+  config = {"seed": SEED.value, "iterations": ITERATIONS, "size": size}
+  workdir = Workdir(WORKDIR.value or f"workdir/inversion/{size}", config)
+  print(f"{jax.devices()[0]}; results in {workdir.path}")
+
+  cases, seconds = {}, {}
+  for dim, n in tqdm([(d, n) for d in dims for n in counts], "simulation"):
+    compute = functools.partial(simulated, dim, n)
+    cases[dim, n] = workdir.stage(f"case_{dim}_{n}", compute)
+  for dim in tqdm(timed, "timing"):
+    compute = functools.partial(timings, dim)
+    seconds[dim] = workdir.stage(f"time_{dim}", compute)
+  print(products_table(cases))
+  print(f"\n{time_table(seconds)}")
+  draw(cases, seconds, workdir)
+  workdir.record("products", {f"{d} {n}": v for (d, n), v in needed(cases)})
+  workdir.record("seconds_of_an_inverse", medians(seconds))
+  total = round(time.monotonic() - started, 1)
+  print(f"\n{total:.0f} seconds; figures in {workdir.path}")
+
+
+def matrix(dim: int, n: int) -> np.ndarray:
+  """A, float32."""
+  rng = np.random.default_rng([SEED.value, dim, n])
+  rows = rng.standard_normal((n, dim), np.float32)
+  return rows.T @ rows / n + DAMPING * np.eye(dim, dtype=np.float32)
+
+
+@functools.cache
+def inverting() -> dict[str, Solver]:
+  """The methods that are given A as an argument, compiled once for a shape."""
+  methods = {PAPER: hyperpower.method(2, start=5e-5)}
+  for name, order in ORDERS.items():
+    methods[name] = hyperpower.method(order, floor=DAMPING)
+  return {
+    name: Solver(method, jax.jit(method.step, donate_argnums=0), True)
+    for name, method in methods.items()
+  }
+
+
+def solving(a: jax.Array) -> dict[str, Solver]:
+  """The methods of products with A; not compiled, since they would hold it."""
+  times = lambda x: jnp.matmul(x, a, precision=jax.lax.Precision.HIGHEST)
+  step = 1 / (jnp.linalg.norm(a) + 1)
+  methods = {
+    "LiSSA": neumann.lissa(lambda x, _: times(x), step=step),
+    "conjugate gradients": krylov.conjugate_gradients(
+      times, tolerance=0, check=False
+    ),
+  }
+  return {
+    k: Solver(method, method.step, False) for k, method in methods.items()
+  }
+
+
+def simulated(dim: int, n: int) -> Arrays:
+  """Errors [iterations + 1] of every solver, and when each stopped."""
+  a = matrix(dim, n)
+  v = np.random.default_rng([SEED.value, dim]).standard_normal(dim, np.float32)
+  exact = np.linalg.solve(a.astype(float), v.astype(float))
+  values = np.linalg.eigvalsh(a.astype(float))
+  found: Arrays = {"condition": values[-1:] / values[:1]}
+  operator, vector = jnp.asarray(a), jnp.asarray(v)
+  for name, solver in (inverting() | solving(operator)).items():
+    errors, stop, status = _errors(solver, operator, vector, exact)
+    found |= {name: errors, f"{name}: stop": stop, f"{name}: status": status}
+  return found
+
+
+def goal(found: Arrays) -> float:
+  """The error that counts as float32 accuracy."""
+  return 4 * float(np.finfo(np.float32).eps * found["condition"][0])
+
+
+def _errors(
+  solver: Solver, a: jax.Array, v: jax.Array, exact: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  method, step, whole = solver
+  state = method.init(a if whole else v[None])
+  errors: list[float] = []
+  stop = ITERATIONS
+  for k in range(ITERATIONS + 1):
+    if k and stop == ITERATIONS:
+      state = step(state)
+    x = state.x @ v if whole else state.x[0]
+    error = np.linalg.norm(np.asarray(x, float) - exact)
+    errors.append(float(error / np.linalg.norm(exact)))
+    if not method.active(state).any():
+      stop = min(stop, k)
+  return np.array(errors), np.array(stop), np.asarray(state.status)
+
+
+def needed(
+  cases: Mapping[Case, Arrays],
+) -> Iterator[tuple[Case, dict[str, int | None]]]:
+  """(dimension, N), and products of matrices to float32 accuracy by solver."""
+  for case, found in cases.items():
+    counts: dict[str, int | None] = {}
+    for name in (PAPER, *ORDERS):
+      met = np.flatnonzero(found[name] <= goal(found))
+      each = polynomials.products(ORDERS.get(name, 2))
+      counts[name] = int(met[0]) * each if len(met) else None
+    yield case, counts
+
+
+def products_table(cases: Mapping[Case, Arrays]) -> str:
+  """Products needed, and those after which the convergence test stops."""
+  names = (PAPER, *ORDERS)
+  lines = [
+    "Matrix products to float32 accuracy (to the end of the iteration)",
+    f"{'dim':>5} {'N':>6} {'κ':>7}" + "".join(f"{k:>21}" for k in names),
+  ]
+  fewer = 0
+  for (dim, n), counts in needed(cases):
+    found = cases[dim, n]
+    cells = []
+    for name in names:
+      each = polynomials.products(ORDERS.get(name, 2))
+      stop = int(found[f"{name}: stop"]) * each
+      end = "" if not found[f"{name}: status"] else " not converged"
+      reached = "-" if counts[name] is None else counts[name]
+      cells.append(f"{f'{reached} ({stop}){end}':>21}")
+    paper, *ours = (counts[name] or np.inf for name in names)
+    fewer += max(ours) < paper
+    condition = f"{found['condition'][0]:7.3g}"
+    lines.append(f"{dim:5} {n:6} {condition}" + "".join(cells))
+  lines.append(f"every order needs fewer in {fewer} of {len(cases)} cases")
+  return "\n".join(lines)
+
+
+def timings(dim: int) -> Arrays:
+  """Seconds [rounds] of an inverse by every way, in interleaved rounds."""
+  a = jnp.asarray(matrix(dim, 800))
+  ways: dict[str, Callable[[jax.Array], Any]] = {
+    name: lambda a, p=order: hyperpower.inverse(a, order=p, floor=DAMPING)
+    for name, order in ORDERS.items()
+  }
+  if jax.default_backend() != "cpu":  # where narrow products are no faster
+    ways["order 9, bfloat16"] = lambda a: hyperpower.inverse(
+      a, order=9, floor=DAMPING, dtype=jnp.bfloat16
+    )
+  ways["jnp.linalg.inv"] = jnp.linalg.inv
+  ways["Cholesky solve"] = lambda a: jax.scipy.linalg.cho_solve(
+    jax.scipy.linalg.cho_factor(a), jnp.eye(dim)
+  )
+  compiled = {k: jax.jit(way).lower(a).compile() for k, way in ways.items()}
+  began = time.perf_counter()
+  taken: dict[str, list[float]] = {k: [] for k in ways}
+  calls = dict.fromkeys(ways, 1)
+  for done in range(ROUNDS + 1):  # the first is a warm-up where it is short
+    for name, run in compiled.items():
+      spent = _seconds(run, a, calls[name])
+      taken[name].append(spent)
+      if not done:
+        calls[name] = max(1, int(ROUND_SECONDS / spent))
+    if time.perf_counter() - began > TIME_LIMIT:
+      break
+  return {k: np.array(v[1:] or v) for k, v in taken.items()}
+
+
+def _seconds(run: Callable, a: jax.Array, calls: int) -> float:
+  start = time.perf_counter()
+  for _ in range(calls):
+    result = run(a)
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / calls
+
+
+def medians(seconds: Mapping[int, Arrays]) -> dict[str, dict[int, float]]:
+  """Way -> dimension -> seconds."""
+  ways = [*next(iter(seconds.values()))]
+  return {
+    way: {d: float(np.median(found[way])) for d, found in seconds.items()}
+    for way in ways
+  }
+
+
+def time_table(seconds: Mapping[int, Arrays]) -> str:
+  """Median seconds, a row for each dimension."""
+  ways = medians(seconds)
+  lines = [
+    "Seconds of an inverse, median over rounds",
+    f"{'dim':>5}" + "".join(f"{way:>19}" for way in ways),
+  ]
+  for dim in seconds:
+    cells = [f"{by_dim[dim]:19.2g}" for by_dim in ways.values()]
+    lines.append(f"{dim:5}" + "".join(cells))
+  return "\n".join(lines)
+
+
+def draw(
+  cases: Mapping[Case, Arrays], seconds: Mapping[int, Arrays], workdir: Workdir
+) -> None:
+  """Error against iteration, and time against dimension."""
+  named = {f"dimension {d}, N = {n}": x for (d, n), x in cases.items()}
+  k = np.arange(ITERATIONS + 1)
+  names = (PAPER, *ORDERS, "conjugate gradients", "LiSSA")
+  convergence.lines(
+    workdir.path / "convergence.png",
+    {c: {m: (k, x[m]) for m in names} for c, x in named.items()},
+    xlabel="iteration (order p: p products of matrices, order 9: 5)",
+    ylabel="error ‖A⁻¹v − x‖ / ‖A⁻¹v‖",
+    level={c: goal(x) for c, x in named.items()},
+  )
+  ways = medians(seconds)
+  convergence.lines(
+    workdir.path / "time.png",
+    {"": {k: ([*v], [*v.values()]) for k, v in ways.items()}},
+    xlabel="dimension",
+    ylabel="seconds of an inverse",
+    log_x=True,
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,184 @@
+"""Which method finds wrong labels first? For every seed: flip, train, rank.
+
+  python -m experiments.mislabel --config=configs/mislabel.py
+
+Trains a network on noisy labels, and tunes adapters of another one, ranks the
+training examples by every method and reports how many of the wrong labels are
+found by how much inspection. Each seed of each subject is a stage of --workdir:
+an interrupted run is taken up.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from tda import streams
+from tda.evaluation import mislabel, selection
+from tda.evaluation.mislabel import Setting
+from tda.evaluation.workdir import Workdir
+from tda.report import curves
+from tda.report.names import display
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/mislabel.py", "Config file; its fields are flags too."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where results go; workdir/mislabel/CONFIG unless given."
+)
+INSPECTED = np.linspace(0, 1, 101)
+
+
+def main(_) -> None:
+  started = time.monotonic()
+  setting = mislabel.from_config(_CONFIG.value.to_dict())
+  path = _WORKDIR.value or str(pathlib.Path("workdir/mislabel", setting.name))
+  workdir = Workdir(path, dataclasses.asdict(setting))
+  results = {kind: ranked(setting, kind, workdir) for kind in setting.subjects}
+  for kind, rows in results.items():
+    print(f"\n{_title(setting, kind)}; {accuracies(rows)}")
+    print(table(setting, rows))
+  draw(setting, results, workdir.path / "mislabel.png")
+  total = round(time.monotonic() - started, 1)
+  print(f"\n{total:.0f} seconds; figure in {workdir.path}")
+
+
+def ranked(
+  setting: Setting, kind: str, workdir: Workdir
+) -> list[dict[str, np.ndarray]]:
+  """For each seed the harm by method [N], "flipped" [N] and accuracies."""
+  subject = mislabel.subject(setting, kind)
+  run = selection.runner(setting, subject)
+  outputs = jax.jit(jax.vmap(subject.objective.outputs, (None, 0)))
+
+  def compute(seed):
+    label = f"{kind}, seed {seed + 1} of {setting.seeds}"
+    done = run(seed, loop=streams.Loop(512, label=label))
+    draw, params, (harm, residual) = done.draw, done.params, done.ranks
+    right = lambda d: np.mean(outputs(params, d).argmax(-1) == d["y"])
+    return {
+      **{f"harm {k}": x for k, x in harm.items()},
+      **{f"residual {k}": np.float32(x) for k, x in residual.items()},
+      "flipped": draw.flipped,
+      "train accuracy": right(draw.train),
+      "test accuracy": right(draw.test),
+    }
+
+  return [
+    workdir.stage(f"{kind}_{seed}", functools.partial(compute, seed))
+    for seed in range(setting.seeds)
+  ]
+
+
+def found(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Curves [seeds, N + 1] of every method and damping."""
+  flipped = jnp.stack([row["flipped"] for row in rows])
+  run = jax.jit(jax.vmap(mislabel.curve))
+  names = [k.removeprefix("harm ") for k in rows[0] if k.startswith("harm ")]
+  harm = lambda name: jnp.stack([row[f"harm {name}"] for row in rows])
+  return {name: np.asarray(run(harm(name), flipped)) for name in names}
+
+
+def chosen(areas: Mapping[str, np.ndarray], method: str) -> np.ndarray:
+  """AUC [seeds] at the damping that is best for the mean of the others."""
+  mine = np.stack(
+    [x for k, x in areas.items() if k.partition("@")[0] == method]
+  )
+  others = mine.sum(axis=1, keepdims=True) - mine
+  return mine[others.argmax(axis=0), np.arange(mine.shape[1])]
+
+
+def table(setting: Setting, rows: list[dict[str, np.ndarray]]) -> str:
+  """A row per method, best at equal damping first."""
+  all_curves = found(rows)
+  areas = {
+    k: np.asarray(jax.vmap(mislabel.auc)(x)) for k, x in all_curves.items()
+  }
+  lines = []
+  for method in setting.methods:
+    name = method if method in areas else f"{method}@{setting.damping:g}"
+    early = jax.vmap(lambda c: mislabel.at(c, 0.2))(all_curves[name])
+    grid = {k: x for k, x in areas.items() if k.startswith(f"{method}@")}
+    best = (
+      max(grid, key=lambda k: grid[k].mean()).partition("@")[2] if grid else ""
+    )
+    picked = _number(chosen(areas, method)) if grid else ""
+    known = [row[k] for row in rows if (k := f"residual {name}") in row]
+    residual = f"{np.max(known):.1e}" if known else ""
+    order = float(areas[name].mean())
+    cells = [_number(areas[name]), _number(early), picked, best, residual]
+    lines.append((order, [display(method), *cells]))
+  header = [
+    "method",
+    f"AUC, damping {setting.damping:g}",
+    "found at 20 %",
+    "AUC, damping chosen",
+    "best",
+    "residual",
+  ]
+  body = [cells for _, cells in sorted(lines, reverse=True)]
+  widths = [max(map(len, c)) for c in zip(header, *body, strict=True)]
+  rule = ["-" * width for width in widths]
+  fill = lambda row: "  ".join(
+    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+  )
+  return "\n".join(fill(row).rstrip() for row in (header, rule, *body))
+
+
+def draw(setting: Setting, results, path: pathlib.Path) -> None:
+  """Fraction found against fraction inspected, at equal damping."""
+  panels, references = {}, {}
+  for kind, rows in results.items():
+    bands = {}
+    for name, lines in found(rows).items():
+      method, _, damping = name.partition("@")
+      if damping and float(damping) != setting.damping:
+        continue
+      at = jax.vmap(lambda c: mislabel.at(c, INSPECTED))(lines)
+      bands[method] = _mean_and_error(np.asarray(at))
+    panels[_title(setting, kind)] = bands
+    perfect = np.minimum(INSPECTED / setting.noise, 1)
+    references[_title(setting, kind)] = {"perfect": perfect}
+  curves.panels(
+    path,
+    INSPECTED,
+    panels,
+    xlabel="training examples inspected",
+    ylabel="wrong labels found",
+    references=references,
+  )
+
+
+def accuracies(rows: list[dict[str, np.ndarray]]) -> str:
+  parts = (
+    f"{part} {np.mean([row[f'{part} accuracy'] for row in rows]):.1%}"
+    for part in ("train", "test")
+  )
+  return "accuracy: " + ", ".join(parts)
+
+
+def _title(setting: Setting, kind: str) -> str:
+  made = {"full": "trained", "lora": f"LoRA rank {setting.rank}"}[kind]
+  return f"{setting.dataset}, {made}"
+
+
+def _mean_and_error(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Over the first axis; the error of one seed alone is unknown."""
+  spread = x.std(axis=0, ddof=1) if len(x) > 1 else np.full(x.shape[1:], np.nan)
+  return x.mean(axis=0), spread / np.sqrt(len(x))
+
+
+def _number(x) -> str:
+  mean, error = _mean_and_error(np.asarray(x))
+  return f"{mean:.3f} ± {error:.3f}"
+
+
+if __name__ == "__main__":
+  app.run(main)
