@@ -11,7 +11,7 @@ from oracles import N
 from tda import blocks, meshes, streams
 from tda.attribution import baselines, influence, methods
 from tda.curvature import fitting
-from tda.inverse import spectral
+from tda.inverse import solvers, spectral
 from tda.scores import CHANGE, SIMILARITY
 from tda.streams import Loop
 
@@ -43,7 +43,7 @@ def attributed():
       p.params,
       p.data,
       queries,
-      methods=list(methods.METHODS),
+      methods=[m for m in methods.METHODS if m not in solvers.METHODS],
       dampings=DAMPINGS,
       key=jax.random.key(0),
     )
