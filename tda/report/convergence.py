@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from tda.report import figures
 from tda.report.names import display
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
 
 COLUMNS = 4
 Line = tuple[ArrayLike, ArrayLike]  # x [K], y [K]
@@ -50,8 +54,10 @@ def lines(
         level[heading], color=figures._INK, linewidth=0.8, linestyle=(0, (1, 2))
       )
     axes.set_yscale("log")
-    axes.set_xscale("log" if log_x else "linear")
     figures._style(axes, grid="both")
+    if log_x:
+      _powers(axes, [x for x, _ in case.values()])
+    axes.minorticks_off()
     axes.set_title(heading, size=figures._TEXT, color=figures._INK, loc="left")
   for axes in [*grid][len(cases) :]:
     axes.set_visible(False)
@@ -67,11 +73,19 @@ def lines(
     handles.values(),
     handles.keys(),
     loc="outside upper left",
-    ncols=min(len(handles), 2 * columns),
+    ncols=len(handles) if columns > 2 else 2,
     fontsize=figures._SMALL,
     frameon=False,
   )
   figures._finish(figure, path, "")
+
+
+def _powers(axes: "Axes", xs: list[ArrayLike]) -> None:
+  """A logarithmic axis that names the values on it, if they are few."""
+  axes.set_xscale("log")
+  values = np.unique(np.concatenate([np.asarray(x, float) for x in xs]))
+  if len(values) <= 8:
+    axes.set_xticks(values, [f"{x:g}" for x in values])
 
 
 def _check(cases: Mapping[str, Mapping[str, Line]]) -> None:
