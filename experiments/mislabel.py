@@ -24,7 +24,7 @@ from tda import streams
 from tda.evaluation import mislabel, selection
 from tda.evaluation.mislabel import Setting
 from tda.evaluation.workdir import Workdir
-from tda.report import curves
+from tda.report import curves, tables
 from tda.report.names import display
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,7 +43,7 @@ def main(_) -> None:
   workdir = Workdir(path, dataclasses.asdict(setting))
   results = {kind: ranked(setting, kind, workdir) for kind in setting.subjects}
   for kind, rows in results.items():
-    print(f"\n{_title(setting, kind)}; {accuracies(rows)}")
+    print(f"\n{setting.title(kind)}; {accuracies(rows)}")
     print(table(setting, rows))
   draw(setting, results, workdir.path / "mislabel.png")
   total = round(time.monotonic() - started, 1)
@@ -124,12 +124,7 @@ def table(setting: Setting, rows: list[dict[str, np.ndarray]]) -> str:
     "residual",
   ]
   body = [cells for _, cells in sorted(lines, reverse=True)]
-  widths = [max(map(len, c)) for c in zip(header, *body, strict=True)]
-  rule = ["-" * width for width in widths]
-  fill = lambda row: "  ".join(
-    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-  )
-  return "\n".join(fill(row).rstrip() for row in (header, rule, *body))
+  return tables.aligned(header, body)
 
 
 def draw(setting: Setting, results, path: pathlib.Path) -> None:
@@ -142,10 +137,10 @@ def draw(setting: Setting, results, path: pathlib.Path) -> None:
       if damping and float(damping) != setting.damping:
         continue
       at = jax.vmap(lambda c: mislabel.at(c, INSPECTED))(lines)
-      bands[method] = _mean_and_error(np.asarray(at))
-    panels[_title(setting, kind)] = bands
+      bands[method] = mislabel.over_seeds(np.asarray(at))
+    panels[setting.title(kind)] = bands
     perfect = np.minimum(INSPECTED / setting.noise, 1)
-    references[_title(setting, kind)] = {"perfect": perfect}
+    references[setting.title(kind)] = {"perfect": perfect}
   curves.panels(
     path,
     INSPECTED,
@@ -164,19 +159,8 @@ def accuracies(rows: list[dict[str, np.ndarray]]) -> str:
   return "accuracy: " + ", ".join(parts)
 
 
-def _title(setting: Setting, kind: str) -> str:
-  made = {"full": "trained", "lora": f"LoRA rank {setting.rank}"}[kind]
-  return f"{setting.dataset}, {made}"
-
-
-def _mean_and_error(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Over the first axis; the error of one seed alone is unknown."""
-  spread = x.std(axis=0, ddof=1) if len(x) > 1 else np.full(x.shape[1:], np.nan)
-  return x.mean(axis=0), spread / np.sqrt(len(x))
-
-
 def _number(x) -> str:
-  mean, error = _mean_and_error(np.asarray(x))
+  mean, error = mislabel.over_seeds(np.asarray(x))
   return f"{mean:.3f} ± {error:.3f}"
 
 

@@ -39,7 +39,7 @@ from tda import streams
 from tda.evaluation import mislabel, selection
 from tda.evaluation.mislabel import Setting
 from tda.evaluation.workdir import Workdir
-from tda.report import curves
+from tda.report import curves, tables
 from tda.report.names import display
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -61,7 +61,7 @@ def main(_) -> None:
   }
   for kind, rows in results.items():
     for measure in ("accuracy", "loss"):
-      print(f"\n{_title(setting, kind)}: {measure} on test data")
+      print(f"\n{setting.title(kind)}: {measure} on test data")
       print(table(setting, rows, measure))
   draw(setting, results, workdir.path / "selection.png")
   total = round(time.monotonic() - started, 1)
@@ -118,30 +118,25 @@ def table(setting: Setting, rows: list[Results], measure: str) -> str:
   """A row per method, the best at the smallest fraction first."""
   lines = []
   for method in (*setting.methods, "full"):
-    mean, error = _mean_and_error(rows, f"{measure} {method}")
+    mean, error = _over_seeds(rows, f"{measure} {method}")
     pairs = zip(mean, error, strict=True)
     cells = [f"{m:.3f} ± {e:.3f}" for m, e in pairs]
     lines.append((float(mean[0]), [display(method), *cells]))
   header = ["method", *(f"{f:.0%} kept" for f in setting.fractions)]
   lines.sort(reverse=measure == "accuracy", key=lambda line: line[0])
   body = [cells for _, cells in lines]
-  widths = [max(map(len, c)) for c in zip(header, *body, strict=True)]
-  rule = ["-" * width for width in widths]
-  fill = lambda row: "  ".join(
-    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-  )
-  return "\n".join(fill(row).rstrip() for row in (header, rule, *body))
+  return tables.aligned(header, body)
 
 
 def draw(setting: Setting, results, path: pathlib.Path) -> None:
   panels, references = {}, {}
   for kind, rows in results.items():
-    panels[_title(setting, kind)] = {
-      method: _mean_and_error(rows, f"accuracy {method}")
+    panels[setting.title(kind)] = {
+      method: _over_seeds(rows, f"accuracy {method}")
       for method in setting.methods
     }
-    mean, _ = _mean_and_error(rows, "accuracy full")
-    references[_title(setting, kind)] = {"all of the data": mean}
+    mean, _ = _over_seeds(rows, "accuracy full")
+    references[setting.title(kind)] = {"all of the data": mean}
   curves.panels(
     path,
     setting.fractions,
@@ -152,20 +147,10 @@ def draw(setting: Setting, results, path: pathlib.Path) -> None:
   )
 
 
-def _title(setting: Setting, kind: str) -> str:
-  made = {"full": "trained", "lora": f"LoRA rank {setting.rank}"}[kind]
-  return f"{setting.dataset}, {made}"
-
-
-def _mean_and_error(
+def _over_seeds(
   rows: list[Results], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Over seeds; the error of one seed alone is unknown."""
-  values = np.stack([row[name] for row in rows])
-  spread = np.full(values.shape[1:], np.nan)
-  if len(values) > 1:
-    spread = values.std(axis=0, ddof=1)
-  return values.mean(axis=0), spread / np.sqrt(len(values))
+  return mislabel.over_seeds(np.stack([row[name] for row in rows]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import optax
 from tda import likelihoods, lora, trajectory
 from tda.data import datasets, registry
 from tda.data.datasets import Arrays, Dataset
+from tda.evaluation import problem
 from tda.likelihoods import Objective
 from tda.models import build as models
 
@@ -68,6 +69,11 @@ class Setting:
   fractions: tuple[float, ...] = (0.05, 0.2, 0.4)  # kept by selection
   seeds: int = 10
 
+  def title(self, kind: str) -> str:
+    """What a subject is called."""
+    made = {"full": "trained", "lora": f"LoRA rank {self.rank}"}[kind]
+    return f"{self.dataset}, {made}"
+
 
 class Draw(NamedTuple):
   """One seed's data."""
@@ -100,16 +106,7 @@ class Subject(NamedTuple):
 
 def from_config(config: Mapping[str, Any]) -> Setting:
   """A setting from a mapping; unknown fields and subjects raise ValueError."""
-  names = {field.name for field in dataclasses.fields(Setting)}
-  unknown = set(config) - names
-  if unknown:
-    raise ValueError(
-      f"unknown settings {sorted(unknown)}; choose of {sorted(names)}"
-    )
-  values: dict[str, Any] = {
-    k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-  }
-  setting = Setting(**values)
+  setting = problem.from_config(config, Setting)
   others = set(setting.subjects) - set(SUBJECTS)
   if others:
     raise ValueError(
@@ -263,3 +260,10 @@ def _draw(setting: Setting, kind: str, seed: int) -> Draw:
 def _first(data: Arrays, size: int, option: str) -> Arrays:
   size = datasets.checked_size(option, size, len(data["y"]))
   return {k: v[:size] for k, v in data.items()}
+
+
+def over_seeds(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+  """Mean over the first axis and its standard error; NaN from one seed."""
+  x = np.asarray(values)
+  spread = x.std(axis=0, ddof=1) if len(x) > 1 else np.full(x.shape[1:], np.nan)
+  return x.mean(axis=0), spread / np.sqrt(len(x))

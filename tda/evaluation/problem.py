@@ -95,13 +95,13 @@ class Problem(NamedTuple):
     return jax.random.fold_in(self.key, zlib.crc32(use.encode()))
 
 
-def from_config(config: Mapping[str, Any]) -> Setting:
-  """A setting from a mapping.
+def from_config(config: Mapping[str, Any], kind: Any = Setting) -> Any:
+  """A setting, or another dataclass of this `kind`, from a mapping.
 
   Raises:
-    ValueError: fields that a setting does not have.
+    ValueError: fields that it does not have.
   """
-  names = {field.name for field in dataclasses.fields(Setting)}
+  names = {field.name for field in dataclasses.fields(kind)}
   unknown = set(config) - names
   if unknown:
     raise ValueError(
@@ -110,7 +110,7 @@ def from_config(config: Mapping[str, Any]) -> Setting:
   values: dict[str, Any] = {
     k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
   }
-  return Setting(**values)
+  return kind(**values)
 
 
 def build(setting: Setting, size: int | None = None) -> Problem:

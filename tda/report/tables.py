@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 def text(rows: Sequence[Row], *, ceiling: float | None = None) -> str:
   """Columns aligned with blanks, best method first, the ceiling last."""
-  return _aligned(*_cells(rows, ceiling))
+  return aligned(*_cells(rows, ceiling))
 
 
 def markdown(rows: Sequence[Row], *, ceiling: float | None = None) -> str:
@@ -80,12 +80,16 @@ def _removal_block(curves: Mapping[str, Interval], ks: Sequence[int]) -> str:
     interval = f"[{low[-1]:z.3f}, {high[-1]:z.3f}]"
     body.append([display(method), *numbers, interval])
   header = ["method", *(f"k={ks[i]}" for i in shown), f"at k={ks[-1]}"]
-  return _aligned(header, body, [False, *[True] * (len(header) - 1)])
+  return aligned(header, body, [False, *[True] * (len(header) - 1)])
 
 
-def _aligned(
-  header: list[str], body: list[list[str]], right: list[bool]
+def aligned(
+  header: Sequence[str],
+  body: Sequence[Sequence[str]],
+  right: Sequence[bool] | None = None,
 ) -> str:
+  """Any table, its columns to the left unless `right` says otherwise."""
+  right = right or [False] * len(header)
   widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
   rule = ["-" * width for width in widths]
   return "\n".join(
