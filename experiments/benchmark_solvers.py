@@ -66,9 +66,10 @@ def main(_) -> None:
   print("Iterations of conjugate gradients to a residual of 1e-3 (> not met)")
   print(tables.aligned(header, rows))
   ratio = together(solver("ekfac", spectral.relative(1.0)), b)
+  size = jax.tree.leaves(b)[0].shape[0]
   print(
-    f"\nan iteration of {QUERIES.value} queries at once takes {ratio:.3f} of "
-    f"{QUERIES.value} iterations of one"
+    f"\nan iteration of {size} queries at once takes {ratio:.3f} of {size} "
+    "iterations of one"
   )
 
 
@@ -105,7 +106,7 @@ def _iterations(info: iterative.Info) -> str:
 def _gradients(found: blocks.Trace, task: problem.Problem, params: Any) -> Any:
   rows = jax.tree.map(lambda x: x[: QUERIES.value], dict(task.queries))
   run = jax.jit(gradients.of_measurement(found, task.measurement))
-  return run(params, Batch(rows, jnp.arange(QUERIES.value), None))[0]
+  return run(params, Batch(rows, jnp.arange(len(rows["y"])), None))[0]
 
 
 if __name__ == "__main__":
