@@ -71,12 +71,14 @@ def split(rows: PyTree, steps: int) -> PyTree:
   So a leading axis that is spread over devices stays so within every part.
   """
   return jax.tree.map(
-    lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), rows
+    lambda x: x.reshape(len(x) // steps, steps, *x.shape[1:]).swapaxes(0, 1),
+    rows,
   )
 
 
 def join(parts: PyTree) -> PyTree:
   """The rows that `split` took apart."""
   return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts
+    lambda x: x.swapaxes(0, 1).reshape(math.prod(x.shape[:2]), *x.shape[2:]),
+    parts,
   )

@@ -12,7 +12,7 @@ import pytest
 import configs
 from tda.data import bundled, datasets, idx, registry, tables
 from tda.data.datasets import Dataset
-from tda.evaluation import problem
+from tda.evaluation import mislabel, problem
 
 
 def idx_bytes(array):
@@ -298,11 +298,24 @@ def test_missing_package_names_the_extra(monkeypatch, package):
     registry.load(name)
 
 
+NOISY = ("mislabel", "selection")  # of another kind of setting
 CONFIGS = sorted(
   path.stem
   for path in pathlib.Path(configs.__path__[0]).glob("*.py")
-  if path.stem not in ("__init__", "defaults")
+  if path.stem not in ("__init__", "defaults", *NOISY)
 )
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("size", ["digits", "mnist5k", "smoke"])
+def test_config_of_noisy_labels(name, size):
+  module = importlib.import_module(f"configs.{name}")
+  setting = mislabel.from_config(module.get_config(size).to_dict())
+  assert (setting.name, setting.noise) == (size, 0.2)
+  assert setting.dataset in registry.NAMES
+  assert setting.damping in setting.dampings
+  with pytest.raises(ValueError, match="unknown size 'full'"):
+    module.get_config("full")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
