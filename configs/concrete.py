@@ -8,7 +8,7 @@ here fewer.
 
   python -m experiments.lds --config=configs/concrete.py \
     --data_dir=FOLDER_OF_Concrete_Data.csv
-  (--config=configs/concrete.py:smoke for a run of seconds)
+  (--config=configs/concrete.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see README.
 """

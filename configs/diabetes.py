@@ -5,7 +5,7 @@ Question: how well does each method predict what retraining on a random half of
 
   python -m experiments.lds --config=configs/diabetes.py
   python -m experiments.counterfactual --config=configs/diabetes.py
-  (--config=configs/diabetes.py:smoke for a run of seconds)
+  (--config=configs/diabetes.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see README.
 """

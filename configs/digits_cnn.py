@@ -5,7 +5,7 @@ layer and the output layer on 1,437 pictures of 8 x 8 pixels.
 
   python -m experiments.lds --config=configs/digits_cnn.py
   python -m experiments.counterfactual --config=configs/digits_cnn.py
-  (--config=configs/digits_cnn.py:smoke for a run of seconds)
+  (--config=configs/digits_cnn.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see README.
 """

@@ -6,7 +6,7 @@ much do the curvature's labels and its damping change that?
 
   python -m experiments.lds --config=configs/digits_mlp.py
   python -m experiments.counterfactual --config=configs/digits_mlp.py
-  (--config=configs/digits_mlp.py:smoke for a run of seconds)
+  (--config=configs/digits_mlp.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see README.
 """

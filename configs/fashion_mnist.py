@@ -10,7 +10,7 @@ Its non-converged variant: --config.label_noise=0.3 --config.learning_rate=0.01
 
   python -m experiments.lds --config=configs/fashion_mnist.py \
     --data_dir=FOLDER_OF_IDX_FILES
-  (--config=configs/fashion_mnist.py:smoke for a run of seconds)
+  (--config=configs/fashion_mnist.py:smoke for a small run)
 
 Hardware: a GPU, or hours of two CPU cores. Time and numbers: see README.
 """

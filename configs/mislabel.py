@@ -7,7 +7,7 @@ frozen, and adapters of rank 4 on all its matrices, tuned to tell 5 to 9 apart.
 
   python -m experiments.mislabel --config=configs/mislabel.py
   python -m experiments.mislabel --config=configs/mislabel.py:mnist5k
-  (--config=configs/mislabel.py:smoke for a run of seconds)
+  (--config=configs/mislabel.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see `experiments/mislabel.py`.
 """

@@ -5,7 +5,7 @@ download beyond the extra "experiments".
 
   python -m experiments.lds --config=configs/mnist5k.py
   python -m experiments.counterfactual --config=configs/mnist5k.py
-  (--config=configs/mnist5k.py:smoke for a run of seconds)
+  (--config=configs/mnist5k.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see README.
 """

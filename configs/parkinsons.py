@@ -7,7 +7,7 @@ known: see `tda.data.tables.parkinsons`.
 
   python -m experiments.lds --config=configs/parkinsons.py \
     --data_dir=FOLDER_OF_parkinsons_updrs.data
-  (--config=configs/parkinsons.py:smoke for a run of seconds)
+  (--config=configs/parkinsons.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see README.
 """

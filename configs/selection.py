@@ -6,7 +6,7 @@ labels are wrong. Subjects, data and methods are those of `configs/mislabel.py`.
 
   python -m experiments.selection --config=configs/selection.py
   python -m experiments.selection --config=configs/selection.py:mnist5k
-  (--config=configs/selection.py:smoke for a run of seconds)
+  (--config=configs/selection.py:smoke for a small run)
 
 Hardware: two CPU cores. Time and numbers: see `experiments/selection.py`.
 """

@@ -53,13 +53,13 @@ from tqdm import tqdm
 
 from experiments import launch
 from tda import blocks, gradients, streams
-from tda.attribution import influence
+from tda.attribution.responses import Identity
 from tda.blocks import Blocks, Trace
 from tda.curvature import fitting, operators
 from tda.evaluation import lds, pbrf, problem, stages
 from tda.evaluation.problem import Problem
 from tda.evaluation.workdir import Arrays, Workdir
-from tda.inverse import iterative, krylov, solvers, spectral
+from tda.inverse import krylov, solvers, spectral
 from tda.inverse.krylov import LowRank
 from tda.report import cost
 from tda.report.cost import Curve
@@ -239,7 +239,7 @@ def _fitted(task: Task, name: str) -> tuple[Any, float]:
 
 
 def _closed(task: Task, name: str, fits: Callable) -> Arrays:
-  response, seconds = influence.Identity(), 0.0
+  response, seconds = Identity(), 0.0
   if name != "gradient_dot":
     response, seconds = fits(name)
   apply = jax.jit(lambda response, b: response(b))
@@ -267,31 +267,18 @@ def _iterated(task: Task, name: str, fits: Callable) -> Arrays:
     spent = time.monotonic() - began  # on the step of LiSSA and ASTRA
   before += spent
   program = solver.build, solver.operands
-  state = _start(*program, task.queries)
-  jax.block_until_ready(_advance(*program, state, 0))
+  state = solvers.start(*program, task.queries)
+  jax.block_until_ready(solvers.advance(*program, state, 0))
   scores, seconds, done = [], [], 0
   for count in tqdm(counts, desc=name):
     began = time.monotonic()
-    state = jax.block_until_ready(_advance(*program, state, count - done))
+    state, _ = jax.block_until_ready(
+      solvers.advance(*program, state, count - done)
+    )
     before, done = before + time.monotonic() - began, count
-    scores.append(_scores(task, _solution(*program, state)))
+    scores.append(_scores(task, solvers.result(*program, state)[0]))
     seconds.append(before)
   return _record(scores, counts, seconds)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _start(build: Callable, operands: Any, b: Blocks) -> Any:
-  return build(operands).init(b)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _advance(build: Callable, operands: Any, state: Any, steps: int) -> Any:
-  return iterative.advance(build(operands), state, steps)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _solution(build: Callable, operands: Any, state: Any) -> Blocks:
-  return build(operands).result(state)[0]
 
 
 def _scores(task: Task, responses: Blocks) -> np.ndarray:

@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tda import blocks, taps
+from tda import blocks, streams, taps
 from tda.blocks import Blocks, Trace
 from tda.curvature import labels as labels_lib
 from tda.curvature.labels import Labels
 from tda.likelihoods import Objective
-from tda.streams import Batch, Fold
+from tda.streams import Batch, Fold, Loop
 
 Array = jax.Array
 PyTree: TypeAlias = Any
@@ -105,6 +106,28 @@ def total(found: Trace, run: Pass) -> Fold:
     return (sums, count + jnp.asarray(counted, jnp.int32)), finite
 
   return Fold(init, update, lambda state: state)
+
+
+def summed_over_blocks(
+  found: Trace, objective: Objective, statistic: taps.Statistic
+) -> Callable[..., np.ndarray]:
+  """One number [N] for every example: its statistics' sum over blocks.
+
+  Returns:
+    run(params, data, operands, *, loop=Loop()) -> [N], of a statistic that is
+    per example. A second call compiles nothing again.
+  """
+  one_pass = backward_pass(found, objective, statistic)
+
+  def one(args, batch):
+    values, finite = one_pass(args[0], batch, args[1])
+    total = sum(x.reshape(x.shape[0], -1).sum(axis=1) for x in values.values())
+    return total, finite & jnp.isfinite(total)
+
+  def run(params, data, operands, *, loop=Loop()):
+    return streams.each(one, (params, operands), data, loop)
+
+  return run
 
 
 def per_example(

@@ -142,20 +142,8 @@ def self_influence(
     )
   n = streams.rows(train)
   _check_blocks(found, {"response": response})
-  score = gradients.backward_pass(found, objective, SELF)
-
-  def run(operands, batch):
-    params, response = operands
-    pairs = {}
-    if isinstance(response, Response):
-      pairs = {
-        k: (response.basis[k], response.weights[k]) for k in found.blocks
-      }
-    values, finite = score(params, batch, pairs)
-    total = sum(x.reshape(x.shape[0], -1).sum(axis=1) for x in values.values())
-    return total, finite & jnp.isfinite(total)
-
-  values = streams.each(run, (params, response), train, loop)
+  run = gradients.summed_over_blocks(found, objective, SELF)
+  values = run(params, train, pairs(found, response), loop=loop)
   return Scores(
     values / n,
     method="self-influence",
@@ -165,6 +153,13 @@ def self_influence(
     labels=getattr(response, "labels", None),
     coverage=coverage(found),
   )
+
+
+def pairs(found: Trace, response: Response | Identity) -> PyTree:
+  """The operands of `SELF` for a response, by block."""
+  if isinstance(response, Identity):
+    return {}
+  return {k: (response.basis[k], response.weights[k]) for k in found.blocks}
 
 
 def coverage(found: Trace) -> float:

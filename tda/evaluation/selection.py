@@ -193,7 +193,7 @@ def ranker(
         stage = loop.stage(f"self {name}")
         harm[f"self_{name}"] = run(params, train, response, loop=stage)
     if "self_gradient" in methods:
-      harm["self_gradient"] = own[""](params, train, None, loop=loop)
+      harm["self_gradient"] = own[""](params, train, Identity(), loop=loop)
     if "loss" in methods:
       harm["loss"] = np.asarray(losses(params, train))
     if "random" in methods:
@@ -235,8 +235,13 @@ def _responder(found, objective, methods, dampings, labels, steps) -> Callable:
         responses[name] = gfim.inverse(fisher, damping)[0]
     if "datainf" in methods:
       for damping in scale:
-        name, stage = f"datainf@{damping.value:g}", loop.stage("norms")
-        responses[name] = datainf_of(params, train, damping, loop=stage)
+        name, stage = (
+          f"datainf@{damping.value:g}",
+          loop.stage(f"DataInf {damping.value:g}"),
+        )
+        responses[name] = datainf_of(
+          params, train, damping, squares=fisher.squares, loop=stage
+        )
     fits = curvatures_of(params, train, key=key, loop=loop) if kinds else {}
     for kind in kinds:
       for damping, delta in deltas.items():
@@ -309,21 +314,12 @@ def _series(found: Trace, objective: Objective, steps: int) -> Callable:
 
 
 def _self(found: Trace, objective: Objective) -> Callable[..., np.ndarray]:
-  """⟨R ∇ℓ, ∇ℓ⟩ [N] for spectral responses, and R = I for None."""
-  quadratic = gradients.backward_pass(found, objective, influence.SELF)
-
-  def one(operands, batch):
-    values, finite = quadratic(operands[0], batch, operands[1])
-    total = sum(x.reshape(x.shape[0], -1).sum(axis=1) for x in values.values())
-    return total, finite & jnp.isfinite(total)
+  """⟨R ∇ℓ, ∇ℓ⟩ [N] for spectral responses and `Identity`."""
+  quadratic = gradients.summed_over_blocks(found, objective, influence.SELF)
 
   def run(params, train, response, *, loop=Loop()):
-    pairs = {}
-    if response is not None:
-      pairs = {
-        k: (response.basis[k], response.weights[k]) for k in found.blocks
-      }
-    return streams.each(one, (params, pairs), train, loop)
+    pairs = influence.pairs(found, response)
+    return quadratic(params, train, pairs, loop=loop)
 
   return run
 

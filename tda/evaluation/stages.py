@@ -11,6 +11,7 @@ import numpy as np
 
 from tda import checkpoints, streams
 from tda.attribution import methods
+from tda.curvature import fitting
 from tda.curvature import labels as labels_lib
 from tda.evaluation import retraining
 from tda.evaluation.problem import Problem, Setting
@@ -19,7 +20,7 @@ from tda.inverse import solvers, spectral
 from tda.inverse.iterative import Status
 
 PyTree = Any
-SPECTRAL = ("diagonal", "kfac", "ekfac")
+SPECTRAL = fitting.METHODS
 EXACT = "exact GGN"  # what solvers invert, whatever the labels of the others
 
 

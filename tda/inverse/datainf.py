@@ -63,9 +63,10 @@ def fitter(found: Trace, objective: Objective) -> Callable[..., Response]:
     objective: model and likelihood.
 
   Returns:
-    fit(params, data, damping, *, loop=Loop()) -> Response. A relative damping
-    is in units of the mean squared entry of a layer's gradient (the paper's is
-    0.1 of it) and takes a pass over the data. A layer without any gradient
+    fit(params, data, damping, *, squares=None, loop=Loop()) -> Response. A
+    relative damping is in units of the mean squared entry of a layer's gradient
+    (the paper's is 0.1 of it), which takes a pass over the data unless given as
+    `squares`, by block [*stack]. A layer without any gradient
     responds with zero. A response, and a second call, compile nothing again.
 
   `fit` raises ValueError for no damping: λ is divided by.
@@ -75,7 +76,7 @@ def fitter(found: Trace, objective: Objective) -> Callable[..., Response]:
   corrections = gradients.backward_pass(found, objective, CORRECTIONS)
   fold = gradients.total(found, corrections)
 
-  def fit(params, data, damping, *, loop=Loop()):
+  def fit(params, data, damping, *, squares=None, loop=Loop()):
     if damping.value == 0:
       raise ValueError(
         f"DataInf divides by its damping, and {damping} is none: give one "
@@ -85,7 +86,9 @@ def fitter(found: Trace, objective: Objective) -> Callable[..., Response]:
       name: jnp.full(block.stack, float(damping.value))
       for name, block in found.blocks.items()
     }
-    if damping.kind == "relative":
+    if damping.kind == "relative" and squares is not None:
+      deltas = {name: damping.value * squares[name] for name in deltas}
+    elif damping.kind == "relative":
       stage = loop.stage("squared gradients")
       sums, count = streams.fold(totals, (params, None, None), data, stage)
       for name, block in found.blocks.items():

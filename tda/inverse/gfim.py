@@ -199,15 +199,10 @@ def self_influence(
     score(params, train, response, *, loop=Loop()) -> [N], not divided by N.
     A second call compiles nothing again.
   """
-  run = gradients.backward_pass(found, objective, QUADRATIC)
-
-  def one(operands, batch):
-    values, finite = run(operands[0], batch, operands[1])
-    total = sum(x.reshape(x.shape[0], -1).sum(axis=1) for x in values.values())
-    return total, finite & jnp.isfinite(total)
+  run = gradients.summed_over_blocks(found, objective, QUADRATIC)
 
   def score(params, train, response, *, loop=Loop()):
-    return streams.each(one, (params, response.inverses), train, loop)
+    return run(params, train, response.inverses, loop=loop)
 
   return score
 

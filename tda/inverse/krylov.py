@@ -36,7 +36,6 @@ def conjugate_gradients(
   *,
   precondition: Matvec | None = None,
   tolerance: float = 1e-3,
-  start: PyTree | None = None,
   check: bool = True,
 ) -> Method:
   """Conjugate gradients for symmetric positive definite A.
@@ -49,7 +48,6 @@ def conjugate_gradients(
     matvec: A.
     precondition: P ≈ A⁻¹, symmetric positive definite; None for none.
     tolerance: of ‖r‖ / ‖b‖, at which a query stops.
-    start: first x; zero unless given.
     check: two further products at the start find an operator that is not
       symmetric.
 
@@ -61,20 +59,16 @@ def conjugate_gradients(
   def init(b):
     b, scale = iterative.unit(b)
     x = jax.tree.map(jnp.zeros_like, b)
-    residual = b
-    if start is not None:
-      x = iterative.scaled(1 / scale, start)
-      residual = iterative.minus(b, matvec(x))
-    z = apply(residual)
+    z = apply(b)
     size = iterative.norm(b)
     status = jnp.full(size.shape, int(Status.RUNNING), jnp.int32)
     if check:
       skew = iterative.asymmetry(matvec, z, jax.random.key(0))
       status = jnp.where(skew > ASYMMETRY, int(Status.ASYMMETRIC), status)
-    gain = iterative.inner(residual, z)
-    status = _settled(status, iterative.norm(residual), size, gain)
+    gain = iterative.inner(b, z)
+    status = _settled(status, size, size, gain)
     zero = jnp.zeros(size.shape, jnp.int32)
-    return CGState(b, scale, x, residual, z, gain, size, zero, status)
+    return CGState(b, scale, x, b, z, gain, size, zero, status)
 
   def _settled(status, norm, size, gain):
     ended = [

@@ -85,7 +85,7 @@ class Solver:
   def solve(self, b: Blocks) -> tuple[Blocks, Info]:
     """The response, and how the solve of every query ended."""
     program = self.build, self.operands
-    state = _start(*program, b)
+    state = start(*program, b)
     total, done, piece = _count(b), 0, 1
     running = total
     with tqdm.tqdm(
@@ -94,7 +94,7 @@ class Solver:
       while done < self.limit and running:
         steps = min(piece, self.limit - done)
         began = time.monotonic()
-        state, active = _advance(*program, state, steps)
+        state, active = advance(*program, state, steps)
         running = int(active.sum())
         spent = (time.monotonic() - began) / steps
         if done:  # the first piece includes compilation
@@ -102,7 +102,7 @@ class Solver:
         done += steps
         bar.set_postfix(iterations=done, refresh=False)
         bar.update(total - running - bar.n)
-    return _result(*program, state)
+    return result(*program, state)
 
 
 def maker(
@@ -212,21 +212,26 @@ def maker(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _start(build: Callable, operands: PyTree, b: Blocks) -> Any:
+def start(build: Callable, operands: PyTree, b: Blocks) -> Any:
+  """The state before the first iteration."""
   return build(operands).init(b)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _advance(build: Callable, operands: PyTree, state: Any, steps: int) -> Any:
+def advance(
+  build: Callable, operands: PyTree, state: Any, steps: int
+) -> tuple[Any, Array]:
+  """The state after further iterations, and which queries go on."""
   method = build(operands)
   state = iterative.advance(method, state, steps)
   return state, method.active(state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _result(
+def result(
   build: Callable, operands: PyTree, state: Any
 ) -> tuple[Blocks, Info]:
+  """What a state amounts to."""
   return build(operands).result(state)
 
 
