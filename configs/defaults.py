@@ -47,9 +47,9 @@ def new(name: str, **fields: object) -> ConfigDict:
     "ekfac",
   )
   config.labels = "empirical"  # of the curvature: the data's own
-  config.damping = 0.1  # relative to the mean eigenvalue of a layer
+  config.damping = "0.1 relative"  # to the mean eigenvalue of a layer
   config.sweep_labels = ()  # further rows of the table, for each pair of
-  config.sweep_dampings = ()  # labels and relative damping
+  config.sweep_dampings = ()  # labels and damping; "0.01" is absolute
   config.fit_batch_size = 512  # examples, of every pass
   config.query_batch = 128  # queries held at a time
   config.solver_iterations = 100  # the most of cg, astra and lissa

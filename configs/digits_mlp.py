@@ -22,6 +22,6 @@ def get_config(size: str = "full") -> ConfigDict:
     dataset="digits",
     features=(128, 128),  # 64-128-128-10, ReLU
     sweep_labels=("empirical", "sampled"),
-    sweep_dampings=(0.1, 0.01),
+    sweep_dampings=("0.1 relative", "0.01 relative"),
   )
   return defaults.sized(config, size)

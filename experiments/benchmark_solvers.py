@@ -2,93 +2,136 @@
 
     python -m experiments.benchmark_solvers [--config=configs/digits_mlp.py]
 
-Conjugate gradients with the exact Gauss-Newton Hessian of a trained model:
+Conjugate gradients with the exact Gauss-Newton Hessian of a trained model, to a
+residual of 1e-3:
 
-  iterations   to a residual of 1e-3, mean over queries, by preconditioner and
-               damping (relative to the mean eigenvalue of each layer)
-  together     time of an iteration for 32 queries at once, relative to 32
-               times that of one query alone
+  iterations   mean over queries, by preconditioner and damping (relative to the
+               mean eigenvalue of each layer), of each query alone and of a
+               block of all
+  seconds      of all queries as a block, of all side by side in one program,
+               and one after the other, in interleaved rounds of one process
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from tqdm import tqdm
 
 from experiments import launch
 from tda import blocks, gradients, streams
-from tda.curvature import fitting
+from tda.curvature import fitting, operators
 from tda.evaluation import problem, stages
-from tda.inverse import iterative, solvers, spectral
+from tda.inverse import block_krylov, iterative, krylov, spectral
 from tda.report import tables
 from tda.streams import Batch
 
 DAMPINGS = flags.DEFINE_multi_float(
   "dampings", [0.1, 1.0, 10.0, 100.0], "Relative to the mean eigenvalue."
 )
+LABELS = flags.DEFINE_string("labels", "exact", "Of the preconditioners.")
 QUERIES = flags.DEFINE_integer("queries", 32, "Solved at once.")
 LIMIT = flags.DEFINE_integer("limit", 300, "The most iterations.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds.")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds.")
+TIMED = flags.DEFINE_float("timed_damping", 1.0, "Where seconds are taken.")
+MICROBATCH = flags.DEFINE_integer("microbatch", 128, "Examples at a time.")
 PRECONDITIONERS = ("none", "diagonal", "kfac", "ekfac")
+TOLERANCE = 1e-3
+ALONE, BLOCK = "alone", "block"
+
+
+class Case(NamedTuple):
+  """What all solves share: (how, damping, preconditioner, b) -> Info."""
+
+  solve: Callable[..., iterative.Info]
+  fits: dict[str, Any]
+  queries: blocks.Blocks
+
+  def __call__(self, how: str, name: str, damping: float, b: Any = None) -> Any:
+    delta = spectral.relative(damping)
+    eigenvalues = self.fits["ekfac"].eigenvalues
+    added = {k: delta.of(x) for k, x in eigenvalues.items()}
+    first = self.fits[name] and spectral.inverse(self.fits[name], delta)
+    return self.solve(how, added, first, self.queries if b is None else b)
 
 
 def main(_) -> None:
-  task = problem.build(launch.setting())
-  workdir = launch.workdir("benchmark_solvers", task.setting)
-  params = stages.trained(task, workdir)
-  data = task.dataset.train
-  found = blocks.trace(task.objective.outputs, params, streams.example(data))
-  fit = fitting.fitter(found, task.objective, labels="sampled")
-  fits: dict[str, Any] = {"none": None}
-  fits |= fit(params, data, key=task.key_for("labels"))
-  b = _gradients(found, task, params)
-  budget = solvers.Budget(LIMIT.value)
-  make = solvers.maker(found, task.objective, "cg", budget=budget)
-
-  def solver(name: str, damping: spectral.Damping) -> solvers.Solver:
-    added = {k: damping.of(x) for k, x in fits["ekfac"].eigenvalues.items()}
-    first = fits[name] and spectral.inverse(fits[name], damping)
-    return make(params, data, added, first, label=f"{name} {damping.value:g}")
-
-  rows = []
-  for name in PRECONDITIONERS:
-    cells = []
-    for value in DAMPINGS.value:
-      info = solver(name, spectral.relative(value)).solve(b)[1]
-      cells.append(_iterations(info))
-    rows.append([name, *cells])
-  header = ["preconditioner", *(f"damping {d:g}" for d in DAMPINGS.value)]
-  print("Iterations of conjugate gradients to a residual of 1e-3 (> not met)")
-  print(tables.aligned(header, rows))
-  ratio = together(solver("ekfac", spectral.relative(1.0)), b)
-  size = jax.tree.leaves(b)[0].shape[0]
+  case = build(problem.build(launch.setting()))
+  rows, size = [], _size(case.queries)
+  cells = [(n, how) for n in PRECONDITIONERS for how in (ALONE, BLOCK)]
+  for name, how in tqdm(cells, desc="solves"):
+    found = [_iterations(case(how, name, d)) for d in DAMPINGS.value]
+    rows.append([name, how, *found])
+  header = ["preconditioner", "", *(f"damping {d:g}" for d in DAMPINGS.value)]
   print(
-    f"\nan iteration of {size} queries at once takes {ratio:.3f} of {size} "
-    "iterations of one"
+    f"Iterations to a residual of {TOLERANCE:g}, mean over queries (>: limit)"
+  )
+  print(tables.aligned(header, rows))
+  block, side_by_side, in_turn = seconds(case)
+  print(
+    f"\nall {size} queries at damping {TIMED.value:g} without preconditioner, "
+    f"seconds:\n  block         {block:.2f}\n  side by side  {side_by_side:.2f}"
+    f"\n  in turn       {in_turn:.2f}\nblock / in turn {block / in_turn:.3f}"
   )
 
 
-def together(solver: solvers.Solver, b: blocks.Blocks) -> float:
-  """Median ratio of the time of an iteration, in interleaved rounds."""
+def build(task: problem.Problem) -> Case:
+  """The trained model, its fitted curvatures and the queries' gradients."""
+  params = stages.trained(
+    task, launch.workdir("benchmark_solvers", task.setting)
+  )
+  data = jax.tree.map(jnp.asarray, task.dataset.train)
+  found = blocks.trace(task.objective.outputs, params, streams.example(data))
+  fit = fitting.fitter(found, task.objective, labels=LABELS.value)
+  fits = {"none": None, **fit(params, data, key=task.key_for("labels"))}
+  rows = jax.tree.map(lambda x: x[: QUERIES.value], dict(task.queries))
+  run = jax.jit(gradients.of_measurement(found, task.measurement))
+  b = run(params, Batch(rows, jnp.arange(len(rows["y"])), None))[0]
 
-  @jax.jit
-  def iterate(operands, b):
-    method = solver.build(operands)
-    return iterative.advance(method, method.init(b), 10)
+  def solve(how, params, data, added, first, b):
+    product = operators.curvature(
+      found, task.objective, params, data, microbatch=MICROBATCH.value
+    )
+    method = {
+      ALONE: krylov.conjugate_gradients,
+      BLOCK: block_krylov.block_conjugate_gradients,
+    }[how](
+      operators.damped(product, added),
+      precondition=first,
+      tolerance=TOLERANCE,
+      check=False,
+    )
+    return iterative.run(method, b, LIMIT.value)
 
-  one = jax.tree.map(lambda x: x[:1], b)
-  calls: list[Callable] = [
-    lambda: iterate(solver.operands, b),
-    lambda: iterate(solver.operands, one),
+  compiled = jax.jit(solve, static_argnums=0)
+  return Case(
+    lambda how, added, *rest: compiled(how, params, data, added, *rest)[1],
+    fits,
+    b,
+  )
+
+
+def seconds(case: Case) -> tuple[float, float, float]:
+  """Medians of a block, of all side by side, and of one after the other."""
+  one = [
+    jax.tree.map(lambda x, i=i: x[i : i + 1], case.queries)
+    for i in range(_size(case.queries))
   ]
-  times = [[_seconds(call) for call in calls] for _ in range(ROUNDS.value + 1)]
-  size = jax.tree.leaves(b)[0].shape[0]
-  return statistics.median(all_ / (size * one) for all_, one in times[1:])
+  call = lambda how, b: case(how, "none", TIMED.value, b)
+  ways = (
+    lambda: call(BLOCK, case.queries),
+    lambda: call(ALONE, case.queries),
+    lambda: [call(ALONE, b) for b in one],
+  )
+  times = [[_seconds(way) for way in ways] for _ in range(ROUNDS.value + 1)]
+  block, side_by_side, in_turn = zip(*times[1:], strict=True)
+  median = statistics.median
+  return median(block), median(side_by_side), median(in_turn)
 
 
 def _seconds(call: Callable) -> float:
@@ -103,10 +146,8 @@ def _iterations(info: iterative.Info) -> str:
   return f"{mean:.1f}" if met.all() else f">{mean:.1f}"
 
 
-def _gradients(found: blocks.Trace, task: problem.Problem, params: Any) -> Any:
-  rows = jax.tree.map(lambda x: x[: QUERIES.value], dict(task.queries))
-  run = jax.jit(gradients.of_measurement(found, task.measurement))
-  return run(params, Batch(rows, jnp.arange(len(rows["y"])), None))[0]
+def _size(b: blocks.Blocks) -> int:
+  return jax.tree.leaves(b)[0].shape[0]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ interrupted one is taken up.
 import time
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from absl import app
 
@@ -19,9 +20,10 @@ from tda.evaluation import lds, problem, stages
 from tda.evaluation.lds import Interval
 from tda.evaluation.problem import Problem
 from tda.evaluation.stages import Attribution
-from tda.report import figures, tables
+from tda.report import figures, names, tables
 
 MAIN_FIGURE_QUERIES = 4
+BASELINE = "ekfac"
 
 
 def main(_) -> None:
@@ -50,8 +52,12 @@ def main(_) -> None:
   table = [_row(k, rows[k], intervals[k]) for k in rows]
   print(tables.text(table, ceiling=ceiling))
   if setting.sweep_dampings:
+    choices = _choices(task, rows, per_query)
     print("\nDamping chosen on every other query, LDS of the remaining ones")
-    print(tables.text(_chosen(task, rows, per_query), ceiling=ceiling))
+    chosen = {x.name: lds.bootstrap(x.per_query, key) for x in choices}
+    table = [_row(k, rows[k], x) for k, x in chosen.items()]
+    print(tables.text(table, ceiling=ceiling))
+    print(_differences(choices, rows, key))
   print(f"\n{total:.0f} seconds; figures and metrics.json in {workdir.path}")
 
 
@@ -80,23 +86,39 @@ def _draw(task: Problem, folder, rows, predicted, bank, intervals, ceiling):
     )
 
 
-def _chosen(
+def _choices(
   task: Problem,
   rows: Mapping[str, Attribution],
   per_query: Mapping[str, np.ndarray],
-) -> list[tables.Row]:
-  """One row for each method and its labels, at its best damping."""
+) -> list[lds.Choice]:
+  """The best damping of each method and its labels."""
   grids: dict[tuple[str, str], dict[str, np.ndarray]] = {}
   for name, row in rows.items():
     group = _method(name), row.labels
     grids.setdefault(group, {})[name] = per_query[name]
   held_out = np.arange(len(task.queries["y"])) % 2 == 1
-  table = []
-  for grid in grids.values():
-    choice = lds.choose(grid, held_out)
-    interval = lds.bootstrap(choice.per_query, task.key_for("bootstrap"))
-    table.append(_row(choice.name, rows[choice.name], interval))
-  return table
+  return [lds.choose(grid, held_out) for grid in grids.values()]
+
+
+def _differences(
+  choices: list[lds.Choice], rows: Mapping[str, Attribution], key: jax.Array
+) -> str:
+  """What each gains over EK-FAC, paired by query; empty without EK-FAC."""
+  baselines = [x for x in choices if _method(x.name) == BASELINE]
+  if not baselines:
+    return ""
+  best = max(baselines, key=lambda choice: choice.validation)
+  body = []
+  for choice in choices:
+    if choice is not best:
+      gain = lds.bootstrap(choice.per_query - best.per_query, key)
+      mean, low, high = _triple(gain)
+      cells = names.display(_method(choice.name)), rows[choice.name].labels
+      body.append((*cells, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"))
+  title = (
+    f"LDS less that of EK-FAC with {rows[best.name].labels} labels, paired"
+  )
+  return f"\n{title}\n{tables.aligned(['method', 'labels', 'gain'], body)}"
 
 
 def _spread_queries(value: np.ndarray) -> np.ndarray:
@@ -114,12 +136,11 @@ def _numbers(interval: Interval) -> Mapping[str, float]:
 
 
 def _row(name: str, row: Attribution, interval: Interval) -> tables.Row:
-  damping = "" if row.damping is None else f"{row.damping:g} relative"
   return tables.Row(
     _method(name),
     *_triple(interval),
     labels=row.labels,
-    damping=damping,
+    damping=row.damping,
     note=row.note,
   )
 

@@ -10,15 +10,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tda import blocks, likelihoods, streams
-from tda.attribution import influence, methods
-from tda.inverse import solvers, spectral
+from tda.attribution import influence, inverses, methods
+from tda.inverse import spectral
 from tda.likelihoods import Objective
 from tda.streams import Loop
 
 N, Q, T = 13, 5, 3
 # Solvers amplify rounding by the condition of what they solve, and are compared
 # in float64 by their own tests.
-PAIRWISE = tuple(m for m in methods.METHODS if m not in solvers.METHODS)
+PAIRWISE = tuple(m for m in methods.METHODS if m not in inverses.EXACT)
 METHODS = (*PAIRWISE, "self_influence")
 ORDER = tuple(np.random.default_rng(0).permutation(n) for n in (N, Q))
 

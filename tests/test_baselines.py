@@ -11,7 +11,7 @@ from oracles import N
 from tda import blocks, meshes, streams
 from tda.attribution import baselines, influence, methods
 from tda.curvature import fitting
-from tda.inverse import solvers, spectral
+from tda.inverse import spectral
 from tda.scores import CHANGE, SIMILARITY
 from tda.streams import Loop
 
@@ -31,6 +31,17 @@ def problem(name="pooled"):
   return p, {"x": p.data["x"][:Q] + 1, "y": p.data["y"][:Q]}
 
 
+ONE_PASS = (
+  "random",
+  "representation",
+  "gradient_dot",
+  "gradient_cosine",
+  "diagonal",
+  "kfac",
+  "ekfac",
+)
+
+
 @functools.cache
 def attributed():
   """Every method in one call, and how many batches were handed out."""
@@ -43,7 +54,7 @@ def attributed():
       p.params,
       p.data,
       queries,
-      methods=[m for m in methods.METHODS if m not in solvers.METHODS],
+      methods=ONE_PASS,
       dampings=DAMPINGS,
       key=jax.random.key(0),
     )
@@ -116,13 +127,8 @@ def test_random_scores_are_standard_normal():
 def test_names_units_and_order():
   scores, _ = attributed()
   assert list(scores) == [
-    "random",
-    "representation",
-    "gradient_dot",
-    "gradient_cosine",
-    *(
-      f"{m}@{d}" for m in ("diagonal", "kfac", "ekfac") for d in ("0.1", "0.01")
-    ),
+    *ONE_PASS[:4],
+    *(f"{m}@{d}" for m in ("diagonal", "kfac", "ekfac") for d in DAMPINGS),
   ]
   changes = {k for k, s in scores.items() if s.unit == CHANGE}
   assert changes == set(list(scores)[4:]) | {"gradient_dot"}
@@ -142,7 +148,7 @@ def test_products_of_gradients_share_one_pass():
   score = influence.scorer(p.found, p.objective)
   response = spectral.inverse(curvature, DAMPINGS[1])
   alone = score(p.params, p.data, queries, {"alone": response})["alone"]
-  together = scores["ekfac@0.01"]
+  together = scores["ekfac@0.01 relative"]
   np.testing.assert_allclose(together.values, alone.values, rtol=1e-9)
   assert together.damping == DAMPINGS[1] == alone.damping
   assert together.labels == alone.labels
@@ -170,7 +176,7 @@ def test_a_plain_loss_is_enough():
     ({"labels": "sampled"}, "give a key"),
     ({"methods": ["random"]}, "give a key"),
     ({"dampings": []}, r"must differ; got \[\]"),
-    ({"dampings": [DAMPINGS[0]] * 2}, r"must differ; got \[0.1, 0.1\]"),
+    ({"dampings": [DAMPINGS[0]] * 2}, r"must differ; got"),
     ({"select": "encoder/*"}, r"matches none of the blocks \['in/w'"),
   ],
 )

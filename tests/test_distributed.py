@@ -9,10 +9,12 @@ from pathlib import Path
 
 import conformance
 import numpy as np
+import oracles
 import pytest
+import test_solvers
 from conformance import Variation
 from test_streams import dataset
-from two_processes import METHODS
+from two_processes import DAMPING, METHODS
 
 TESTS = Path(__file__).parent
 SECONDS = 150  # of patience with a busy machine; 15 are enough alone
@@ -77,6 +79,13 @@ def test_two_processes_compute_what_one_does(together, alone, method):
   for found in together:
     error = np.abs(found[method] - alone[method]).max()
     assert error <= 1e-5 * np.abs(alone[method]).max()
+
+
+def test_two_processes_solve_what_one_does(together):
+  with oracles.exactly():
+    alone = test_solvers.attribute(["cg"], DAMPING)["cg"].values
+  for found in together:
+    np.testing.assert_allclose(found["cg"], alone, rtol=1e-6, atol=1e-12)
 
 
 def test_two_processes_take_up_a_pass_that_was_stopped(together):

@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 
-from tda.inverse import iterative, krylov, neumann
+from tda.inverse import block_krylov, iterative, krylov, neumann
 from tda.inverse.iterative import Status
 
 D, Q = 24, 5
@@ -44,15 +44,23 @@ def right_hand_sides(seed=1):
   return split(jnp.asarray(np.random.default_rng(seed).normal(size=(Q, D))))
 
 
+ALONE, JOINT = (
+  krylov.conjugate_gradients,
+  block_krylov.block_conjugate_gradients,
+)
+each = pytest.mark.parametrize("gradients", [ALONE, JOINT])
+
+
 def solve(method, b, limit):
   return jax.jit(lambda b: iterative.run(method, b, limit))(b)
 
 
+@each
 @pytest.mark.parametrize("preconditioned", [False, True])
-def test_conjugate_gradients_solve(preconditioned):
+def test_conjugate_gradients_solve(gradients, preconditioned):
   a, b = matrix(), right_hand_sides()
   inverse = np.linalg.inv(a + 1e-2 * matrix(10, seed=3))
-  method = krylov.conjugate_gradients(
+  method = gradients(
     operator(a),
     precondition=operator(inverse) if preconditioned else None,
     tolerance=1e-10,
@@ -68,8 +76,7 @@ def test_a_preconditioner_saves_iterations():
   a, b = matrix(1e4), right_hand_sides()
   near = operator(np.linalg.inv(a + 1e-4 * np.eye(D)))
   plain, helped = (
-    solve(krylov.conjugate_gradients(operator(a), precondition=p), b, 200)[1]
-    for p in (None, near)
+    solve(ALONE(operator(a), precondition=p), b, 200)[1] for p in (None, near)
   )
   assert (3 * helped.iterations <= plain.iterations).all()
 
@@ -93,11 +100,12 @@ def test_queries_stop_on_their_own():
     assert abs(int(said.iterations[0] - info.iterations[i])) <= 1
 
 
-def test_tiny_right_hand_sides_in_float32():
+@each
+def test_tiny_right_hand_sides_in_float32(gradients):
   """Squares of their entries underflow."""
   a = np.float32(matrix(10))
   b = jax.tree.map(lambda v: np.float32(v * 1e-25), right_hand_sides())
-  method = krylov.conjugate_gradients(operator(a), tolerance=1e-4)
+  method = gradients(operator(a), tolerance=1e-4)
   x, info = solve(method, b, 50)
   assert (info.status == Status.CONVERGED).all()
   expected = np.linalg.solve(np.float64(a), np.float64(joined(b)).T).T
@@ -106,7 +114,8 @@ def test_tiny_right_hand_sides_in_float32():
   assert (errors <= 2 * 10 * 1e-4 * sizes).all()  # ‖A⁻¹‖ is 10
 
 
-def test_what_cannot_be_solved_is_said():
+@each
+def test_what_cannot_be_solved_is_said(gradients):
   b = right_hand_sides()
   a = matrix()
   bent = a - 0.5 * np.eye(D)
@@ -117,12 +126,57 @@ def test_what_cannot_be_solved_is_said():
     (skew, Status.ASYMMETRIC),
     (with_nan, Status.DIVERGED),
   ):
-    x, info = solve(krylov.conjugate_gradients(operator(bad)), b, 100)
+    x, info = solve(gradients(operator(bad)), b, 100)
     assert (info.status == status).all()
     assert np.isfinite(joined(x)).all()
-  _, info = solve(krylov.conjugate_gradients(operator(a), tolerance=1e-9), b, 3)
+  _, info = solve(gradients(operator(a), tolerance=1e-9), b, 3)
   assert (info.status == Status.LIMIT).all()
   assert (info.iterations == 3).all()
+
+
+def test_a_block_searches_one_space():
+  """D of Q directions each span everything after D / Q products."""
+  a, b = matrix(1e3), right_hand_sides()
+  method = JOINT(operator(a), tolerance=1e-9)
+  _, info = solve(method, b, 100)
+  assert (info.iterations <= -(-D // Q) + 1).all()
+  assert (info.residual < 1e-8).all()
+  _, alone = solve(ALONE(operator(a), tolerance=1e-9), b, 100)
+  assert (3 * info.iterations <= alone.iterations).all()
+
+
+def test_one_query_of_a_block_is_plain_conjugate_gradients():
+  a = matrix()
+  one = jax.tree.map(lambda v: v[:1], right_hand_sides())
+  for steps in (1, 4, 9):
+    x, _ = solve(JOINT(operator(a)), one, steps)
+    y, _ = solve(ALONE(operator(a)), one, steps)
+    np.testing.assert_allclose(joined(x), joined(y), rtol=1e-8)
+
+
+def test_equal_and_zero_and_broken_right_hand_sides_of_a_block():
+  """They share a space with the others without harm to them."""
+  a, rows = matrix(), joined(right_hand_sides())
+  rows[1], rows[2], rows[3] = 3 * rows[0], 0, np.nan
+  b = split(jnp.asarray(rows))
+  x, info = solve(JOINT(operator(a), tolerance=1e-10), b, 100)
+  expected = np.linalg.solve(a, rows[[0, 1, 2, 4]].T).T
+  np.testing.assert_allclose(joined(x)[[0, 1, 2, 4]], expected, rtol=1e-6)
+  assert info.status.tolist() == [0, 0, 0, Status.DIVERGED, 0]
+  assert info.iterations[2] == 0
+  assert np.isnan(info.residual[3])
+
+
+def test_a_block_in_float32_needs_a_third_of_the_iterations():
+  a = np.float32(matrix(1e3, d=120))
+  b = jnp.asarray(np.random.default_rng(4).normal(size=(8, 120)), jnp.float32)
+  joint, alone = (
+    solve(gradients(lambda v: v @ a, tolerance=1e-3), b, 200)[1]
+    for gradients in (JOINT, ALONE)
+  )
+  assert (joint.status == Status.CONVERGED).all()
+  assert (joint.residual < 2e-3).all()
+  assert 3 * joint.iterations.max() <= alone.iterations.min()
 
 
 def test_lanczos_finds_the_leading_eigenpairs():

@@ -10,6 +10,7 @@ import pytest
 from tda.evaluation import problem, stages
 from tda.evaluation.problem import Setting
 from tda.evaluation.workdir import Workdir
+from tda.inverse import spectral
 
 SETTING = Setting(
   name="test",
@@ -22,7 +23,7 @@ SETTING = Setting(
   num_queries=5,
   methods=("gradient_dot", "diagonal", "ekfac"),
   sweep_labels=("empirical", "sampled"),
-  sweep_dampings=(0.01,),
+  sweep_dampings=("0.01 relative",),
   subsets=3,
   retrain_seeds=2,
 )
@@ -70,6 +71,18 @@ def test_keys_differ_by_use_and_by_seed():
   assert len(data) == 3
 
 
+def test_the_damping_of_the_training_is_one_over_its_steps():
+  """64 examples in batches of 16 for 2 epochs are 8 steps of .03 / (1 - .9)."""
+  task = problem.build(SETTING)
+  found = task.damping("training")
+  assert found.kind == "absolute"
+  assert found.value == pytest.approx(1 / (8 * 0.3))
+  assert task.damping("0.2 relative") == spectral.relative(0.2)
+  adamw = problem.build(dataclasses.replace(SETTING, optimizer="adamw"))
+  with pytest.raises(ValueError, match=r"'training' is for sgd.*'adamw'"):
+    adamw.damping("training")
+
+
 def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
   task = problem.build(SETTING)
   workdir = Workdir(tmp_path, dataclasses.asdict(SETTING))
@@ -79,15 +92,18 @@ def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
     "gradient_dot",
     "diagonal",
     "ekfac",
-    "diagonal@0.01",
-    "ekfac@0.01",
-    "diagonal@0.01, sampled",
-    "ekfac@0.01, sampled",
+    "diagonal@0.01 relative",
+    "ekfac@0.01 relative",
+    "diagonal@0.01 relative, sampled",
+    "ekfac@0.01 relative, sampled",
   }
-  assert rows["ekfac"].damping == 0.1
-  assert rows["ekfac@0.01, sampled"][1:3] == ("sampled", 0.01)
-  assert rows["gradient_dot"][1:3] == ("", None)
-  different = np.abs(rows["ekfac"].scores - rows["ekfac@0.01"].scores)
+  assert rows["ekfac"].damping == "0.1 relative"
+  assert rows["ekfac@0.01 relative, sampled"][1:3] == (
+    "sampled",
+    "0.01 relative",
+  )
+  assert rows["gradient_dot"][1:3] == ("", "")
+  different = np.abs(rows["ekfac"].scores - rows["ekfac@0.01 relative"].scores)
   assert different.max() > 0
   again = stages.attributed(task, params, workdir)
   for name, row in rows.items():

@@ -9,7 +9,7 @@ from matplotlib import image
 
 from tda.evaluation.lds import Interval
 from tda.evaluation.removal import Summary
-from tda.report import figures, names, tables
+from tda.report import figures, names, style, tables
 from tda.report.tables import Row
 
 LDS = {
@@ -146,7 +146,7 @@ def test_labels_are_spread_by_least_squares(seed):
   """No ordered placement with the gap is nearer: tried at random."""
   random = np.random.RandomState(seed)
   heights = np.sort(random.uniform(2, 8, size=6))
-  placed = figures._spread(heights, 0.8, -100, 100)
+  placed = style.spread(heights, 0.8, -100, 100)
   assert np.diff(placed).min() > 0.8 - 1e-9
   best = np.sum((placed - heights) ** 2)
   for _ in range(300):
@@ -154,7 +154,7 @@ def test_labels_are_spread_by_least_squares(seed):
     steps = 0.8 * np.arange(6)
     other = np.maximum.accumulate(other - steps) + steps
     assert np.sum((other - heights) ** 2) >= best
-  inside = figures._spread([0.0, 0.1, 9.9, 10.0], 1, 0, 10)
+  inside = style.spread([0.0, 0.1, 9.9, 10.0], 1, 0, 10)
   assert inside.min() >= 0 and inside.max() <= 10
 
 
@@ -168,7 +168,7 @@ def test_labels_are_spread_by_least_squares(seed):
   ],
 )
 def test_numbers_have_a_true_minus(value, form, expected):
-  assert figures._number(value, form) == expected
+  assert style.number(value, form) == expected
 
 
 def test_table_as_text():

@@ -7,10 +7,11 @@ import numpy as np
 import oracles
 import pytest
 
+from tda import meshes
 from tda.attribution import influence, methods
 from tda.attribution.responses import Cosine
-from tda.curvature import dense
-from tda.inverse import solvers, spectral
+from tda.curvature import dense, fitting
+from tda.inverse import datainf, gfim, solvers, spectral
 from tda.inverse.iterative import Status
 from tda.inverse.solvers import Budget
 from tda.streams import Loop
@@ -89,6 +90,28 @@ def test_series_reach_the_same_answer_from_minibatches_of_everything():
   assert (astra.info.status == Status.LIMIT).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (4, 2), (8, 1)])
+def test_solvers_on_devices(shape):
+  """Ten rows are filled up to as many on every device of four, or eight."""
+  names, damping = ["cg", "astra", "lissa", "arnoldi"], [spectral.absolute(0.1)]
+  budget = TIGHT._replace(limit=40, minibatch=4)
+  loop = Loop(8, mesh=meshes.mesh(*shape))
+  spread, plain = (
+    attribute(names, damping, budget=budget, loop=loop)
+    for loop in (loop, Loop())
+  )
+  for name in names:
+    want = plain[name].values
+    np.testing.assert_allclose(
+      spread[name].values, want, rtol=1e-7, atol=1e-9 * np.abs(want).max()
+    )
+    info = plain[name].info
+    if info is not None:
+      # One more or less where rounding decides at the tolerance.
+      off = np.abs(spread[name].info.iterations - info.iterations)
+      assert off.max() <= 1
+
+
 def test_a_solver_is_a_response_like_any_other():
   """Also under a cosine, and called for its blocks alone."""
   p, queries = problem()
@@ -107,6 +130,50 @@ def test_a_solver_is_a_response_like_any_other():
   )
   np.testing.assert_allclose(ratio, np.tile(ratio[:1], (N, 1)), rtol=1e-7)
   assert (found["cosine"].info.status == Status.CONVERGED).all()
+
+
+def test_arnoldi_of_every_eigenvector_is_a_dense_solve():
+  damping = [spectral.absolute(0.1)]
+  found = attribute(["arnoldi"], damping, budget=TIGHT)["arnoldi"]
+  # Where the Hessian is flat the gradients vanish too.
+  np.testing.assert_allclose(found.values, expected(0.1), rtol=1e-6, atol=1e-9)
+  assert found.damping == damping[0] and found.labels.kind == "exact"
+  few = attribute(["arnoldi"], damping, budget=TIGHT._replace(rank=2))
+  off = np.abs(few["arnoldi"].values - expected(0.1)).max()
+  assert 1e-3 * np.abs(expected(0.1)).max() < off
+
+
+def test_arnoldi_takes_the_mean_of_relative_dampings():
+  p, _ = problem()
+  dampings = [spectral.relative(x) for x in (1.0, 0.1)]
+  found = attribute(["arnoldi", "diagonal"], dampings, labels="exact")
+  fit = fitting.fitter(
+    p.found, p.objective, methods=["ekfac"], labels="sampled"
+  )
+  labels_key = jax.random.split(jax.random.key(0), 3)[0]
+  values = fit(p.params, p.data, key=labels_key)["ekfac"].eigenvalues
+  mean = np.concatenate([np.ravel(x) for x in values.values()]).mean()
+  for damping in dampings:
+    scores = found[f"arnoldi@{damping}"].values
+    want = expected(float(damping.value * mean))
+    np.testing.assert_allclose(scores, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["hyperinf", "datainf"])
+def test_other_inverses_by_name_are_those_of_their_fitters(name):
+  p, queries = problem()
+  damping = spectral.relative(0.1)
+  found = attribute([name, "gradient_dot"], [damping], loop=Loop(4))
+  if name == "hyperinf":
+    fisher = gfim.fitter(p.found, p.objective)(p.params, p.data)
+    response = gfim.inverse(fisher, damping)[0]
+  else:
+    fit = datainf.fitter(p.found, p.objective)
+    response = fit(p.params, p.data, damping)
+  score = influence.scorer(p.found, p.objective)
+  want = score(p.params, p.data, queries, {name: response})[name]
+  np.testing.assert_allclose(found[name].values, want.values, rtol=1e-9)
+  assert found[name].labels.kind == "empirical"
 
 
 def test_the_empirical_fisher_can_be_solved_too():

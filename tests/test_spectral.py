@@ -98,3 +98,24 @@ def test_relative_damping_is_of_each_layers_mean():
   values = jnp.asarray([[[[1.0, 3.0]]], [[[10.0, 30.0]]]])
   found = Damping("relative", 0.5).of(values)
   np.testing.assert_allclose(found.reshape(-1), [1.0, 10.0])
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("0.01", spectral.absolute(0.01)),
+    ("0.1 relative", spectral.relative(0.1)),
+    ("1e-05 relative", spectral.relative(1e-5)),
+  ],
+)
+def test_dampings_are_written_and_read(text, expected):
+  assert spectral.damping(text) == expected
+  assert str(expected) == text
+
+
+@pytest.mark.parametrize(
+  "text", ["0.1 of it", "small", "-1", "nan relative", ""]
+)
+def test_what_is_no_damping_is_refused(text):
+  with pytest.raises(ValueError, match=f"damping '{text}' is not a number"):
+    spectral.damping(text)

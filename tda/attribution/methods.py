@@ -15,9 +15,8 @@ from types import MappingProxyType
 import jax
 
 from tda import blocks, likelihoods, streams
-from tda.attribution import baselines, influence
+from tda.attribution import baselines, influence, inverses
 from tda.attribution.responses import Cosine, Identity, Operator
-from tda.curvature import fitting
 from tda.curvature import labels as labels_lib
 from tda.curvature.labels import Labels
 from tda.inverse import solvers, spectral
@@ -40,6 +39,11 @@ METHODS: Mapping[str, str] = MappingProxyType(
     "conjugate gradients with EK-FAC as preconditioner",
     "astra": "the same by a stochastic series from EK-FAC's answer",
     "lissa": "the same by the plain stochastic series",
+    "arnoldi": "the same on the leading eigenvectors alone, by Lanczos",
+    "hyperinf": "⟨(M + δ)⁻¹ ∇m, ∇ℓ⟩ / N, M the second moment of the rows of a "
+    "layer's gradient",
+    "datainf": "the mean over examples of inverses, in place of the inverse of "
+    "the mean, of the empirical Fisher",
   }
 )
 """The names that `attribute` takes, and how each is computed."""
@@ -71,20 +75,21 @@ def attribute(
     queries: pytree of arrays with leading axis Q.
     methods: of `METHODS`.
     labels: of the fitted curvatures: "empirical", "exact", "sampled" or
-      "sampled:K". Solvers always have the exact Gauss-Newton Hessian.
+      "sampled:K". Solvers and "arnoldi" always have the exact Gauss-Newton
+      Hessian, "datainf" the empirical Fisher.
     dampings: of the inverses; several cost no further pass, but a solve each.
-    key: for sampled labels, minibatches and "random".
+    key: for sampled labels, minibatches, "arnoldi" and "random".
     measurement: m(params, query) -> scalar that the scores are about; the loss
       unless given.
     select: patterns of the blocks to attribute to, as in `blocks.trace`.
     query_batch: queries held at a time, as in `influence.scorer`.
-    budget: of the solvers, "cg", "astra" and "lissa".
+    budget: of the solvers, "cg", "astra", "lissa", and of "arnoldi".
     loop: how to run over the data. Its directory keeps each pass in a folder
       of its own, and must belong to these arguments.
 
   Returns:
     {name: scores [N, Q]} in the order of `methods`. With several dampings the
-    names of inverses are "ekfac@0.1", "ekfac@0.01", ...
+    names of inverses are "ekfac@0.1 relative", "ekfac@0.01", ...
   """
   _check(methods, labels, dampings, key)
   if not isinstance(objective, Objective):
@@ -92,38 +97,21 @@ def attribute(
   example = streams.example(train)
   found = blocks.trace(objective.outputs, params, example, select=select)
   keys = [None] * 3 if key is None else jax.random.split(key, 3)
-  random_key = keys[1]
-  solved = [name for name in methods if name in solvers.METHODS]
-  fitted = [name for name in methods if name in fitting.METHODS]
-  responses = _products(methods)
-
-  def fit(names, labels, stage):
-    run = fitting.fitter(found, objective, methods=names, labels=labels)
-    return run(params, train, key=keys[0], loop=stage)
-
-  if fitted:
-    curvatures = fit(fitted, labels, loop)
-    responses |= {
-      _entry(name, damping, dampings): spectral.inverse(curvature, damping)
-      for name, curvature in curvatures.items()
-      for damping in dampings
-    }
-  if solved:
-    stage = loop.stage("preconditioner")
-    first = fit(["ekfac"], "sampled", stage)["ekfac"]
-    for name in solved:
-      make = solvers.maker(found, objective, name, budget=budget)
-      for damping in dampings:
-        entry = _entry(name, damping, dampings)
-        responses[entry] = make(
-          params,
-          train,
-          {k: damping.of(x) for k, x in first.eigenvalues.items()},
-          spectral.inverse(first, damping),
-          key=keys[2],
-          named=damping,
-          label=loop.label and f"{loop.label} {entry}",
-        )
+  responses = _products(methods) | inverses.responses(
+    inverses.Problem(
+      found,
+      objective,
+      params,
+      train,
+      labels,
+      dampings,
+      keys[0],
+      keys[2],
+      budget,
+      loop,
+    ),
+    methods,
+  )
   scores: dict[str, Scores] = {}
   if responses:
     score = influence.scorer(
@@ -136,6 +124,7 @@ def attribute(
     scores["representation"] = baselines.representation(
       found, objective, params, train, queries, loop=stage
     )
+  random_key = keys[1]
   if random_key is not None and "random" in methods:
     scores["random"] = baselines.random(random_key, train, queries)
   belongs = lambda name, method: name.partition("@")[0] == method
@@ -151,10 +140,6 @@ def _products(methods: Sequence[str]) -> dict[str, Operator]:
   return {name: plain[name] for name in methods if name in plain}
 
 
-def _entry(name: str, damping: Damping, dampings: Sequence[Damping]) -> str:
-  return name if len(dampings) == 1 else f"{name}@{damping.value:g}"
-
-
 def _check(
   methods: Sequence[str],
   labels: str | Labels,
@@ -165,9 +150,9 @@ def _check(
   unknown = [name for name in methods if name not in METHODS]
   if unknown or not methods:
     raise ValueError(f"unknown methods {unknown}; choose of {list(METHODS)}")
-  values = [damping.value for damping in dampings]
+  values = [str(damping) for damping in dampings]
   if not values or len(set(values)) < len(values):
     raise ValueError(f"dampings name scores, and must differ; got {values}")
-  drawing = {"random", *solvers.METHODS} & set(methods)
+  drawing = {"random", *inverses.EXACT} & set(methods)
   if drawing and key is None:
     raise ValueError(f"{sorted(drawing)} draw at random: give a key")

@@ -82,10 +82,15 @@ def minibatches(
   *,
   size: int,
   key: Array,
+  of: int | None = None,
   kind: str = "gauss_newton",
 ) -> Stochastic:
-  """(v, k) -> C_k v, of `size` examples drawn anew for each k."""
-  n = jax.tree.leaves(data)[0].shape[0]
+  """(v, k) -> C_k v, of `size` examples drawn anew for each k.
+
+  They are drawn of the first `of` rows, or of all: what is drawn does not
+  depend on rows that fill up the data.
+  """
+  n = jax.tree.leaves(data)[0].shape[0] if of is None else of
   if not 1 <= size <= n:
     raise ValueError(f"minibatches of {size} of {n} examples")
 

@@ -18,6 +18,8 @@ from jax.tree_util import Partial
 from tda import likelihoods, trajectory
 from tda.data import datasets, registry
 from tda.data.datasets import Dataset
+from tda.inverse import spectral
+from tda.inverse.spectral import Damping
 from tda.likelihoods import Objective
 from tda.models import build as models
 
@@ -28,8 +30,9 @@ PyTree = Any
 class Setting:
   """What defines an experiment; the configs in `configs/` say why.
 
-  Sizes of 0 mean all there is. Dampings are relative to the mean eigenvalue of
-  each layer.
+  Sizes of 0 mean all there is. A damping is written "0.01", in the units of the
+  curvature, "0.1 relative" to the mean eigenvalue of each layer, or "training";
+  see `Problem.damping`.
   """
 
   name: str
@@ -51,9 +54,9 @@ class Setting:
   measurement: str = "loss"
   methods: tuple[str, ...] = ("gradient_dot", "kfac", "ekfac")
   labels: str = "empirical"
-  damping: float = 0.1
+  damping: str = "0.1 relative"
   sweep_labels: tuple[str, ...] = ()
-  sweep_dampings: tuple[float, ...] = ()
+  sweep_dampings: tuple[str, ...] = ()
   fit_batch_size: int = 512
   query_batch: int = 128
   solver_iterations: int = 100
@@ -93,6 +96,27 @@ class Problem(NamedTuple):
   def key_for(self, use: str) -> jax.Array:
     """A key of its own for each use, whatever order they come in."""
     return jax.random.fold_in(self.key, zlib.crc32(use.encode()))
+
+  def damping(self, text: str) -> Damping:
+    """A damping by what a setting calls it.
+
+    "training" is 1 / Σ η over the steps of the run, with η / (1 − m) where
+    there is momentum m: the curvature below which a direction has not
+    converged, and nobody has to retrain to know it (Bae et al. 2024).
+    """
+    if text != "training":
+      return spectral.damping(text)
+    setting = self.setting
+    if setting.optimizer != "sgd":
+      raise ValueError(
+        f"damping 'training' is for sgd, whose steps are in the units of the "
+        f"curvature; those of {setting.optimizer!r} are not: write a number"
+      )
+    steps = trajectory.steps(
+      len(self.dataset.train["y"]), setting.batch_size, setting.epochs
+    )
+    length = setting.learning_rate / (1 - setting.momentum)
+    return spectral.absolute(1 / (steps * length))
 
 
 def from_config(config: Mapping[str, Any], kind: Any = Setting) -> Any:

@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import checkpoints, streams
-from tda.attribution import methods
-from tda.curvature import fitting
+from tda.attribution import inverses, methods
 from tda.curvature import labels as labels_lib
 from tda.evaluation import retraining
 from tda.evaluation.problem import Problem, Setting
 from tda.evaluation.workdir import Workdir
-from tda.inverse import solvers, spectral
+from tda.inverse import solvers
 from tda.inverse.iterative import Status
 
 PyTree = Any
-SPECTRAL = fitting.METHODS
-EXACT = "exact GGN"  # what solvers invert, whatever the labels of the others
+Round = tuple[str, tuple[str, ...], tuple[str, ...]]
+OWN_LABELS = dict.fromkeys(inverses.EXACT, "exact GGN")
+OWN_LABELS["datainf"] = "empirical"
+"""What some methods invert, whatever the labels of the others."""
 
 
 def trained(problem: Problem, workdir: Workdir) -> PyTree:
@@ -44,7 +45,7 @@ class Attribution(NamedTuple):
 
   scores: np.ndarray  # [N, Q]
   labels: str  # of the curvature; empty for methods without one
-  damping: float | None  # relative
+  damping: str  # as the setting has it; empty for methods without one
   note: str = ""  # what a solver could not do
 
 
@@ -58,6 +59,7 @@ def attributed(
   setting = problem.setting
   rows: dict[str, Attribution] = {}
   for i, (labels, dampings, chosen) in enumerate(_rounds(setting)):
+    named = {str(problem.damping(text)): text for text in dampings}
 
     def compute(labels=labels, dampings=dampings, chosen=chosen):
       found = methods.attribute(
@@ -67,7 +69,7 @@ def attributed(
         dict(problem.queries),
         methods=chosen,
         labels=labels,
-        dampings=[spectral.relative(d) for d in dampings],
+        dampings=[problem.damping(text) for text in dampings],
         key=problem.key_for(f"labels {labels}"),
         measurement=problem.measurement,
         query_batch=setting.query_batch,
@@ -82,21 +84,22 @@ def attributed(
       return {name: scores.values for name, scores in found.items()} | ended
 
     main = i == 0
-    solved = set(chosen) <= set(solvers.METHODS)
+    solved = set(chosen) <= set(OWN_LABELS)
     stage = "scores" if main else f"scores_{labels.replace(':', '_')}"
     stage += "_solved" if solved and not main else ""
     computed = workdir.stage(stage, compute)
     for entry, values in computed.items():
-      method, _, named = entry.partition("@")
+      method, _, damping = entry.partition("@")
       if entry.endswith(" status"):
         continue
-      if method not in (*SPECTRAL, *solvers.METHODS):
-        rows[method] = Attribution(values, "", None)
+      if method not in inverses.NAMES:
+        rows[method] = Attribution(values, "", "")
         continue
-      damping = float(named or dampings[0])
-      said = EXACT if method in solvers.METHODS else labels
-      suffix = "" if said in (EXACT, setting.labels) else f", {labels}"
-      name = method if main else f"{method}@{damping:g}{suffix}"
+      damping = named[damping] if damping else dampings[0]
+      said = OWN_LABELS.get(method, labels)
+      own = method in OWN_LABELS or labels == setting.labels
+      suffix = "" if own else f", {labels}"
+      name = method if main else f"{method}@{damping}{suffix}"
       note = _unsolved(computed.get(f"{entry} status"))
       rows[name] = Attribution(values, said, damping, note)
   return rows
@@ -137,22 +140,17 @@ def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
   return workdir.stage("bank", compute)
 
 
-def _rounds(
-  setting: Setting,
-) -> list[tuple[str, tuple[float, ...], tuple[str, ...]]]:
+def _rounds(setting: Setting) -> list[Round]:
   """(labels, dampings, methods): the main round, then the sweep's."""
-  rounds: list[tuple[str, tuple[float, ...], tuple[str, ...]]] = [
-    (setting.labels, (setting.damping,), setting.methods)
-  ]
-  inverses = tuple(m for m in setting.methods if m in SPECTRAL)
-  solved = tuple(m for m in setting.methods if m in solvers.METHODS)
+  rounds: list[Round] = [(setting.labels, (setting.damping,), setting.methods)]
+  of = lambda names: tuple(m for m in setting.methods if m in names)
+  fitted, others = of(inverses.FITTED), of(OWN_LABELS)
   dampings = tuple(setting.sweep_dampings) or (setting.damping,)
-  for labels in setting.sweep_labels if inverses else ():
+  further = tuple(d for d in setting.sweep_dampings if d != setting.damping)
+  for labels in setting.sweep_labels if fitted else ():
     same = labels_lib.parse(labels) == labels_lib.parse(setting.labels)
-    chosen = [d for d in dampings if not (same and d == setting.damping)]
-    if chosen:
-      rounds.append((labels, tuple(chosen), inverses))
-  others = tuple(d for d in setting.sweep_dampings if d != setting.damping)
-  if solved and others:
-    rounds.append((setting.labels, others, solved))
+    if chosen := further if same else dampings:
+      rounds.append((labels, chosen, fitted))
+  if others and further:
+    rounds.append((setting.labels, further, others))
   return rounds

@@ -21,6 +21,8 @@ Array = jax.Array
 PyTree: TypeAlias = Any
 Matvec: TypeAlias = Callable[[PyTree], PyTree]
 
+ASYMMETRY = 1e-3  # of operators that count as symmetric, in float32
+
 
 class Status(enum.IntEnum):
   """How a solve ended."""

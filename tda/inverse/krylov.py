@@ -16,8 +16,6 @@ from tda.inverse.iterative import Matvec, Method, PyTree, Status
 
 Array = jax.Array
 
-ASYMMETRY = 1e-3  # of operators that count as symmetric, in float32
-
 
 class CGState(NamedTuple):
   b: PyTree  # its largest entry is 1
@@ -64,7 +62,9 @@ def conjugate_gradients(
     status = jnp.full(size.shape, int(Status.RUNNING), jnp.int32)
     if check:
       skew = iterative.asymmetry(matvec, z, jax.random.key(0))
-      status = jnp.where(skew > ASYMMETRY, int(Status.ASYMMETRIC), status)
+      status = jnp.where(
+        skew > iterative.ASYMMETRY, int(Status.ASYMMETRIC), status
+      )
     gain = iterative.inner(b, z)
     status = _settled(status, size, size, gain)
     zero = jnp.zeros(size.shape, jnp.int32)
@@ -195,7 +195,7 @@ def lanczos(matvec: Matvec, start: PyTree, steps: int, keep: int) -> Spectrum:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("vectors", "weights", "rest"),
-  meta_fields=(),
+  meta_fields=("damping", "labels"),
 )
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -204,6 +204,8 @@ class LowRank:
   vectors: PyTree  # leaves [K, ...]
   weights: Array  # [K]
   rest: Array  # what the other directions are multiplied by; 0 drops them
+  damping: Any = None  # for the record
+  labels: Any = None  # of A, for the record
 
   def __call__(self, b: PyTree) -> PyTree:
     """Applies the operator to leaves [Q, ...]."""

@@ -1,10 +1,13 @@
 """Neumann series: solving A x = b by repeated correction, on minibatches too.
 
-    x ← x + s P (b − A_k x),    and with momentum v ← m v + P (b − A_k x)
+    v ← m v + P (b − A_k (x + s m v)),    x ← x + s v
 
 LiSSA (Agarwal et al. 2017; Koh and Liang 2017; Grosse et al. 2023, §2.1) is the
-plain recurrence; ASTRA (Wang et al. 2025) preconditions it with a fitted
-curvature, starts from that curvature's own answer and has heavy-ball momentum.
+recurrence without P and momentum m; ASTRA (Wang et al. 2025) preconditions it
+with a fitted curvature, starts from that curvature's own answer and has
+momentum. The paper's is heavy-ball, which lets the directions that P
+underrates, where s P A is near 1, swing for 2 / (1 − m) steps and more;
+Nesterov's, with the product taken ahead, settles them at once.
 Stopping after J steps acts as further damping of about 1 / (s J), in the units
 of A without a preconditioner.
 
@@ -51,12 +54,13 @@ def neumann(
   Args:
     matvec: (x, k) -> A_k x; symmetric positive definite, A on average.
     step: s, or a function of k. Without noise it must stay below 2 / λ_max of
-      P A for the recurrence to converge; see `safe_step`.
+      P A for the recurrence to converge, and with momentum below
+      2 (1 + m) / (1 + 2 m) / λ_max; see `safe_step`.
     precondition: P; None for the identity, and then x starts at s b, which is
       the first term of the series. With P it starts at P b.
     momentum: m.
-    tolerance: of ‖b − A_k x‖ / ‖b‖, at which a query stops; None goes on to
-      the limit, as with minibatches one should.
+    tolerance: of ‖b − A_k (x + s m v)‖ / ‖b‖, at which a query stops; None goes
+      on to the limit, as with minibatches one should.
     exact: A, for the residual that is reported; the first minibatch's unless
       given.
 
@@ -84,7 +88,9 @@ def neumann(
 
   def advance(state):
     going, k = active(state), state.iterations.max()
-    residual = iterative.minus(state.b, matvec(state.x, k))
+    length = jnp.where(going, schedule(k), 0)
+    ahead = iterative.plus(state.x, momentum * length, state.velocity)
+    residual = iterative.minus(state.b, matvec(ahead, k))
     norm, size = iterative.norm(residual), iterative.norm(state.b)
     first = jnp.where(
       state.iterations == 0, jnp.maximum(norm, size), state.first
@@ -99,7 +105,7 @@ def neumann(
       apply(residual), jnp.full(norm.shape, momentum), state.velocity
     )
     velocity = iterative.where(going, turned, state.velocity)
-    length = jnp.where(going, schedule(k), 0)
+    length = jnp.where(going, length, 0)
     return State(
       state.b,
       state.scale,

@@ -28,6 +28,10 @@ class Damping(NamedTuple):
   kind: str  # "absolute", or "relative" to the mean eigenvalue of each layer
   value: float
 
+  def __str__(self) -> str:
+    relative = " relative" if self.kind == "relative" else ""
+    return f"{self.value:g}{relative}"
+
   def of(self, eigenvalues: Array) -> Array:
     """The damping [*stack, 1, 1, 1] of a block's [*stack, G, O, I]."""
     mean = jnp.mean(eigenvalues, axis=(-3, -2, -1), keepdims=True)
@@ -44,6 +48,18 @@ def absolute(value: float) -> Damping:
 def relative(value: float = 0.1) -> Damping:
   """A multiple of the mean eigenvalue of each layer (Grosse et al. 2023)."""
   return _checked(Damping("relative", value))
+
+
+def damping(text: str) -> Damping:
+  """A damping as it is written: "0.01", or "0.1 relative"."""
+  value, _, kind = text.partition(" ")
+  try:
+    return {"": absolute, "relative": relative}[kind](float(value))
+  except (KeyError, ValueError) as error:
+    raise ValueError(
+      f"damping {text!r} is not a number of 0 or more, as '0.01' or"
+      " '0.1 relative'"
+    ) from error
 
 
 @functools.partial(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tda.report import figures
+from tda.report import style
 from tda.report.names import display
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def lines(
   """
   _check(cases)
   methods = [*dict.fromkeys(m for case in cases.values() for m in case)]
-  looks = figures._looks(methods, ())
+  looks = style.looks(methods, ())
   columns = min(COLUMNS, len(cases))
   rows = -(-len(cases) // columns)
   wide = 4.6 if columns == 1 else 2.4 * columns
-  figure = figures._figure(wide, 0.9 + (2.9 if rows == 1 else 1.9 * rows))
+  figure = style.canvas(wide, 0.9 + (2.9 if rows == 1 else 1.9 * rows))
   grid = figure.subplots(
     rows, columns, sharex=True, sharey=True, squeeze=False
   ).flat
@@ -51,17 +51,17 @@ def lines(
       axes.plot(x, y, linewidth=1.4, label=display(method), **looks[method])
     if level is not None:
       axes.axhline(
-        level[heading], color=figures._INK, linewidth=0.8, linestyle=(0, (1, 2))
+        level[heading], color=style.INK, linewidth=0.8, linestyle=(0, (1, 2))
       )
     axes.set_yscale("log")
-    figures._style(axes, grid="both")
+    style.tidy(axes, grid="both")
     if log_x:
       _powers(axes, [x for x, _ in case.values()])
     axes.minorticks_off()
-    axes.set_title(heading, size=figures._TEXT, color=figures._INK, loc="left")
+    axes.set_title(heading, size=style.TEXT, color=style.INK, loc="left")
   for axes in [*grid][len(cases) :]:
     axes.set_visible(False)
-  text = {"size": figures._TEXT, "color": figures._INK}
+  text = {"size": style.TEXT, "color": style.INK}
   figure.supxlabel(xlabel, **text)
   figure.supylabel(ylabel, **text)
   handles = {
@@ -74,10 +74,10 @@ def lines(
     handles.keys(),
     loc="outside upper left",
     ncols=len(handles) if columns > 2 else 2,
-    fontsize=figures._SMALL,
+    fontsize=style.SMALL,
     frameon=False,
   )
-  figures._finish(figure, path, "")
+  style.finish(figure, path, "")
 
 
 def _powers(axes: "Axes", xs: list[ArrayLike]) -> None:

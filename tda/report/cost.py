@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tda.report import figures, tables
+from tda.report import style, tables
 from tda.report.names import display
 
 
@@ -41,8 +41,8 @@ def figure(
     title: of the figure; empty for none.
   """
   _check(curves)
-  looks = figures._looks([*curves], ())
-  canvas = figures._figure(9.2, 3.9)
+  looks = style.looks([*curves], ())
+  canvas = style.canvas(9.2, 3.9)
   left, right = canvas.subplots(1, 2, sharey=True)
   for method, curve in curves.items():
     look, level = looks[method], _level(curve)
@@ -55,13 +55,13 @@ def figure(
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:g}")
-    figures._style(axes, grid="both")
-    axes.set_xlabel(text, size=figures._TEXT, color=figures._INK)
-  left.set_ylabel(accuracy, size=figures._TEXT, color=figures._INK)
+    style.tidy(axes, grid="both")
+    axes.set_xlabel(text, size=style.TEXT, color=style.INK)
+  left.set_ylabel(accuracy, size=style.TEXT, color=style.INK)
   last = max(float(np.max(curve.seconds)) for curve in curves.values())
   ends = {m: (c.mean, c.low, c.high) for m, c in curves.items()}
-  figures._label_ends(right, last, ends, looks)
-  figures._finish(canvas, path, title)
+  style.label_ends(right, last, ends, looks)
+  style.finish(canvas, path, title)
 
 
 def text(

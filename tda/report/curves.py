@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from tda.report import figures
+from tda.report import style
 from tda.report.names import display
 
 Band = tuple[ArrayLike, ArrayLike]  # mean [K], standard error [K]
@@ -38,8 +38,8 @@ def panels(
   """
   x = np.asarray(x, float)
   methods = [*dict.fromkeys(m for band in subjects.values() for m in band)]
-  looks = figures._looks(methods, controls)
-  figure = figures._figure(4.9 * len(subjects), 4.0)
+  looks = style.looks(methods, controls)
+  figure = style.canvas(4.9 * len(subjects), 4.0)
   for place, (title, bands) in enumerate(subjects.items()):
     axes = figure.add_subplot(1, len(subjects), place + 1)
     for method, band in bands.items():
@@ -57,21 +57,21 @@ def panels(
     for name, line in (references or {}).get(title, {}).items():
       dots = (0, (1, 2))
       axes.plot(
-        x, line, linewidth=0.9, label=name, color=figures._INK, linestyle=dots
+        x, line, linewidth=0.9, label=name, color=style.INK, linestyle=dots
       )
-    figures._style(axes, grid="both")
+    style.tidy(axes, grid="both")
     if percent:
       axes.xaxis.set_major_formatter("{x:.0%}")
       axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.set_title(title, size=figures._TITLE, color=figures._INK, loc="left")
-    axes.set_xlabel(xlabel, size=figures._TEXT, color=figures._INK)
+    axes.set_title(title, size=style.TITLE, color=style.INK, loc="left")
+    axes.set_xlabel(xlabel, size=style.TEXT, color=style.INK)
     if place == 0:
-      axes.set_ylabel(ylabel, size=figures._TEXT, color=figures._INK)
+      axes.set_ylabel(ylabel, size=style.TEXT, color=style.INK)
     if place == len(subjects) - 1:
       axes.legend(
-        fontsize=figures._SMALL,
+        fontsize=style.SMALL,
         frameon=False,
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
       )
-  figures._finish(figure, path, "")
+  style.finish(figure, path, "")

@@ -14,24 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from tda.report import style
 from tda.report.names import display
+from tda.report.style import Interval
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-Interval = tuple[ArrayLike, ArrayLike, ArrayLike]  # mean, low, high
-
-_INK = "#222222"
-_GREY = "#767676"
-_RULE = "#d9d9d9"
-_BLUE = "#0072b2"
-_RED = "#d55e00"
-# Okabe and Ito's palette, told apart under every colour blindness; its yellow
-# is too pale for a line on white and left out.
-_COLOURS = (_BLUE, _RED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", _INK)
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
-_SMALL, _TEXT, _TITLE = 8, 9, 10.5  # points
 
 
 def lds_bars(
@@ -52,25 +40,27 @@ def lds_bars(
   _check_intervals("lds", lds, shape=())
   methods = sorted(lds, key=lambda method: lds[method][0], reverse=True)
   mean, low, high = np.array([lds[method] for method in methods], float).T
-  figure = _figure(6.4, 1.1 + 0.32 * len(methods))
+  figure = style.canvas(6.4, 1.1 + 0.32 * len(methods))
   axes = figure.add_subplot()
   rows = np.arange(len(methods))
-  axes.barh(rows, mean, height=0.68, color=_BLUE, alpha=0.85)
-  axes.hlines(rows, low, high, color=_INK, linewidth=1.2)
+  axes.barh(rows, mean, height=0.68, color=style.BLUE, alpha=0.85)
+  axes.hlines(rows, low, high, color=style.INK, linewidth=1.2)
   for row in rows:
-    text = _number(mean[row], "z.3f")
-    text += f" [{_number(low[row], 'z.3f')}, {_number(high[row], 'z.3f')}]"
+    text = style.number(mean[row], "z.3f")
+    text += (
+      f" [{style.number(low[row], 'z.3f')}, {style.number(high[row], 'z.3f')}]"
+    )
     axes.annotate(
       text,
       (1.02, row),
       xycoords=axes.get_yaxis_transform(),
       va="center",
-      size=_SMALL,
-      color=_INK,
+      size=style.SMALL,
+      color=style.INK,
       annotation_clip=False,
     )
   if ceiling is not None:
-    axes.axvline(ceiling, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(ceiling, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
       f"noise ceiling {ceiling:.2f}",
       (ceiling, 1),
@@ -78,18 +68,18 @@ def lds_bars(
       xytext=(0, 3),
       textcoords="offset points",
       ha="right",
-      size=_SMALL,
-      color=_INK,
+      size=style.SMALL,
+      color=style.INK,
     )
-  _style(axes, grid="x")
-  axes.set_yticks(rows, [display(m) for m in methods], size=_TEXT)
+  style.tidy(axes, grid="x")
+  axes.set_yticks(rows, [display(m) for m in methods], size=style.TEXT)
   axes.tick_params(axis="y", length=0)
   axes.invert_yaxis()
-  axes.axvline(0, color=_INK, linewidth=0.8)
+  axes.axvline(0, color=style.INK, linewidth=0.8)
   right = max(high.max(), ceiling or 0, 0)
   axes.set_xlim(min(0, 1.05 * low.min()), 1.02 * right or 1)
-  axes.set_xlabel("linear datamodeling score", size=_TEXT, color=_INK)
-  _finish(figure, path, title)
+  axes.set_xlabel("linear datamodeling score", size=style.TEXT, color=style.INK)
+  style.finish(figure, path, title)
 
 
 def predicted_vs_actual(
@@ -117,30 +107,32 @@ def predicted_vs_actual(
     )
   columns = min(4, len(titles))
   rows = -(-len(titles) // columns)
-  figure = _figure(0.5 + 2.3 * columns, 0.6 + 2.3 * rows)
+  figure = style.canvas(0.5 + 2.3 * columns, 0.6 + 2.3 * rows)
   for query, text in enumerate(titles):
     axes = figure.add_subplot(rows, columns, query + 1)
     axes.scatter(
       predicted[:, query],
       actual[:, query],
       s=14,
-      color=_BLUE,
+      color=style.BLUE,
       alpha=0.55,
       linewidths=0,
     )
-    _style(axes, grid="both")
+    style.tidy(axes, grid="both")
     # Room below the title for the axis' power of ten.
-    axes.set_title(text, size=_TEXT, color=_INK, pad=12)
+    axes.set_title(text, size=style.TEXT, color=style.INK, pad=12)
     axes.margins(0.06)
     axes.locator_params(nbins=4)
     axes.ticklabel_format(scilimits=(-2, 4), useMathText=True)
     for axis in (axes.xaxis, axes.yaxis):
-      axis.get_offset_text().set(size=_SMALL - 1, color=_INK)
+      axis.get_offset_text().set(size=style.SMALL - 1, color=style.INK)
   figure.supxlabel(
-    f"predicted change of the {measurement}", size=_TEXT, color=_INK
+    f"predicted change of the {measurement}", size=style.TEXT, color=style.INK
   )
-  figure.supylabel(f"{measurement} after retraining", size=_TEXT, color=_INK)
-  _finish(figure, path, "")
+  figure.supylabel(
+    f"{measurement} after retraining", size=style.TEXT, color=style.INK
+  )
+  style.finish(figure, path, "")
 
 
 def influential_images(
@@ -174,26 +166,26 @@ def influential_images(
     )
   count = min(count, len(train) // 2)
   widths = [1, 0.25, *[1] * count, 0.3, *[1] * count]
-  figure = _figure(0.78 * sum(widths) + 0.2, 0.45 + 1.08 * len(queries))
+  figure = style.canvas(0.78 * sum(widths) + 0.2, 0.45 + 1.08 * len(queries))
   grid = figure.add_gridspec(len(queries), len(widths), width_ratios=widths)
   for row in range(len(queries)):
     order = np.argsort(-scores[:, row], kind="stable")
     axes = figure.add_subplot(grid[row, 0])
-    _picture(axes, queries[row], query_labels[row], _INK)
+    _picture(axes, queries[row], query_labels[row], style.INK)
     if row == 0:
-      axes.set_title("query", size=_TEXT, color=_INK, loc="left")
+      axes.set_title("query", size=style.TEXT, color=style.INK, loc="left")
     for start, chosen, colour, heading in (
-      (2, order[:count], _BLUE, "most helpful"),
-      (3 + count, order[::-1][:count], _RED, "most harmful"),
+      (2, order[:count], style.BLUE, "most helpful"),
+      (3 + count, order[::-1][:count], style.RED, "most harmful"),
     ):
       for place, example in enumerate(chosen):
         axes = figure.add_subplot(grid[row, start + place])
-        score = _number(scores[example, row], "+z#.2g")
+        score = style.number(scores[example, row], "+z#.2g")
         text = f"{train_labels[example]}\n{score}"
         _picture(axes, train[example], text, colour)
         if row == 0 and place == 0:
-          axes.set_title(heading, size=_TEXT, color=colour, loc="left")
-  _finish(figure, path, "")
+          axes.set_title(heading, size=style.TEXT, color=colour, loc="left")
+  style.finish(figure, path, "")
 
 
 def removal_curves(
@@ -219,40 +211,27 @@ def removal_curves(
   _check_intervals("loss_change", loss_change, shape=(len(ks),))
   if flipped:
     _check_intervals("flipped", flipped, shape=(len(ks),))
-  looks = _looks([*{**loss_change, **flipped}], controls)
+  looks = style.looks([*{**loss_change, **flipped}], controls)
   panels = [
     (loss_change, f"Change of the queries' {measurement}", "{x:g}"),
     (flipped, "Queries no longer predicted right", "{x:.0%}"),
   ]
   panels = [panel for panel in panels if panel[0]]
-  figure = _figure(4.6 * len(panels), 3.5)
+  figure = style.canvas(4.6 * len(panels), 3.5)
   for place, (curves, title, form) in enumerate(panels):
     axes = figure.add_subplot(1, len(panels), place + 1)
     _draw_curves(axes, np.asarray(ks, float), curves, looks)
     axes.yaxis.set_major_formatter(form)
-    axes.set_title(title, size=_TITLE, color=_INK, loc="left")
-    axes.set_xlabel("removed training examples", size=_TEXT, color=_INK)
+    axes.set_title(title, size=style.TITLE, color=style.INK, loc="left")
+    axes.set_xlabel(
+      "removed training examples", size=style.TEXT, color=style.INK
+    )
     axes.set_xticks(list(ks))
     if curves is flipped:
       # A fraction; and no empty range where nothing has flipped.
       axes.set_ylim(-0.01, max(axes.get_ylim()[1], 0.1))
-    _label_ends(axes, ks[-1], curves, looks)
-  _finish(figure, path, "")
-
-
-def _looks(
-  methods: Sequence[str], controls: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-  """The same colour and dashes for a method in every panel."""
-  looks: dict[str, dict[str, Any]] = {}
-  for i, method in enumerate(m for m in methods if m not in controls):
-    colour = _COLOURS[i % len(_COLOURS)]
-    dashes = _DASHES[i // len(_COLOURS) % len(_DASHES)]
-    looks[method] = {"color": colour, "linestyle": dashes, "zorder": 3}
-  for i, method in enumerate(controls):
-    dashes = _DASHES[1:][i % 2]
-    looks[method] = {"color": _GREY, "linestyle": dashes, "zorder": 2}
-  return looks
+    style.label_ends(axes, ks[-1], curves, looks)
+  style.finish(figure, path, "")
 
 
 def _draw_curves(
@@ -272,70 +251,8 @@ def _draw_curves(
     axes.vlines(
       x, low, high, color=look["color"], linewidth=0.9, alpha=0.55, zorder=2
     )
-  _style(axes, grid="y")
-  axes.axhline(0, color=_INK, linewidth=0.8, zorder=1)
-
-
-def _label_ends(
-  axes: "Axes",
-  x: float,
-  curves: Mapping[str, Interval],
-  looks: Mapping[str, dict[str, Any]],
-) -> None:
-  """Names the curves at their right ends, pushed apart until they fit."""
-  bottom, top = axes.get_ylim()
-  axes.set_ylim(bottom, top)
-  gap = 0.062 * (top - bottom)
-  ends = {m: float(np.asarray(curve[0])[-1]) for m, curve in curves.items()}
-  methods = sorted(ends, key=lambda method: ends[method])
-  heights = _spread([ends[method] for method in methods], gap, bottom, top)
-  for method, height in zip(methods, heights, strict=True):
-    colour = looks[method]["color"]
-    axes.annotate(
-      display(method),
-      (x, ends[method]),
-      xytext=(1.05, height),
-      textcoords=axes.get_yaxis_transform(),
-      va="center",
-      size=_SMALL,
-      color=colour,
-      annotation_clip=False,
-      arrowprops={
-        "arrowstyle": "-",
-        "color": colour,
-        "linewidth": 0.6,
-        "alpha": 0.6,
-        "shrinkA": 1,
-        "shrinkB": 4,
-        "relpos": (0, 0.5),
-      },
-    )
-
-
-def _spread(
-  heights: Sequence[float], gap: float, bottom: float, top: float
-) -> np.ndarray:
-  """Ascending heights, moved as little as needed to lie `gap` apart.
-
-  Neighbours that collide become a group around their mean, repeatedly: the
-  least-squares answer (isotonic regression of heights - gap * index).
-  """
-  steps = gap * np.arange(len(heights))
-  groups: list[tuple[float, int]] = []  # mean, size
-  for height in np.asarray(heights, float) - steps:
-    mean, size = float(height), 1
-    while groups and groups[-1][0] > mean:
-      before, count = groups.pop()
-      mean = (before * count + mean * size) / (count + size)
-      size += count
-    groups.append((mean, size))
-  moved = np.repeat([g[0] for g in groups], [g[1] for g in groups])
-  high = max(top - gap * (len(heights) - 1), bottom)
-  return np.clip(moved, bottom, high) + steps
-
-
-def _number(value: float, form: str) -> str:
-  return format(value, form).replace("-", "−")
+  style.tidy(axes, grid="y")
+  axes.axhline(0, color=style.INK, linewidth=0.8, zorder=1)
 
 
 def _picture(axes: "Axes", image: np.ndarray, text: str, colour: str) -> None:
@@ -346,7 +263,7 @@ def _picture(axes: "Axes", image: np.ndarray, text: str, colour: str) -> None:
   axes.set_yticks([])
   for spine in axes.spines.values():
     spine.set(color=colour, linewidth=1.2)
-  axes.set_xlabel(text, size=_SMALL - 1, color=_INK, labelpad=2)
+  axes.set_xlabel(text, size=style.SMALL - 1, color=style.INK, labelpad=2)
 
 
 def _check_intervals(
@@ -361,32 +278,3 @@ def _check_intervals(
         f"{name}[{method!r}] must be (mean, low, high), each of shape"
         f" {shape}; its parts have shapes {shapes}"
       )
-
-
-def _figure(width: float, height: float) -> "Figure":
-  """Inches; matplotlib is an extra, so it is imported when first drawn."""
-  try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-  except ImportError as error:
-    raise ImportError(
-      f'figures need matplotlib ({error}): pip install "tda-jax[experiments]"'
-    ) from error
-  figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-  FigureCanvasAgg(figure)
-  return figure
-
-
-def _style(axes: "Axes", grid: str) -> None:
-  for spine in axes.spines.values():
-    spine.set_visible(False)
-  axes.grid(axis=grid, color=_RULE, linewidth=0.6)  # type: ignore[arg-type]
-  axes.set_axisbelow(True)
-  axes.tick_params(labelsize=_SMALL, colors=_INK, length=0)
-
-
-def _finish(figure: "Figure", path: str | Path, title: str) -> None:
-  if title:
-    figure.suptitle(title, size=_TITLE, color=_INK, x=0.01, ha="left")
-  # No date or version inside: the same figure is the same file.
-  figure.savefig(path, format="png", metadata={"Software": None})
