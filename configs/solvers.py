@@ -55,6 +55,7 @@ def get_config(size: str = "digits") -> ConfigDict:
     config.update(
       dataset="mnist5k",
       features=(128, 64),  # 784-128-64-10, ReLU
+      sweep_dampings=("1 relative", "0.003", "0.01", "0.03"),
       subsets=100,
       removal_ks=(0, 50, 100, 200),
       removal_queries=10,

@@ -1,5 +1,6 @@
 """Loaders on files that the tests write, and on the bundled sets."""
 
+import dataclasses
 import gzip
 import importlib
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import configs
+from tda.attribution import inverses
 from tda.data import bundled, datasets, idx, registry, tables
 from tda.data.datasets import Dataset
 from tda.evaluation import mislabel, problem
@@ -299,10 +301,11 @@ def test_missing_package_names_the_extra(monkeypatch, package):
 
 
 NOISY = ("mislabel", "selection")  # of another kind of setting
+SETS = ("solvers",)  # sizes are data sets
 CONFIGS = sorted(
   path.stem
   for path in pathlib.Path(configs.__path__[0]).glob("*.py")
-  if path.stem not in ("__init__", "defaults", *NOISY)
+  if path.stem not in ("__init__", "defaults", *NOISY, *SETS)
 )
 
 
@@ -314,6 +317,19 @@ def test_config_of_noisy_labels(name, size):
   assert (setting.name, setting.noise) == (size, 0.2)
   assert setting.dataset in registry.NAMES
   assert setting.damping in setting.dampings
+  with pytest.raises(ValueError, match="unknown size 'full'"):
+    module.get_config("full")
+
+
+@pytest.mark.parametrize("size", ["digits", "mnist5k", "smoke"])
+def test_config_of_the_solvers_names_every_inverse(size):
+  module = importlib.import_module("configs.solvers")
+  setting = problem.from_config(module.get_config(size).to_dict())
+  assert setting.name == f"solvers_{size}"
+  assert set(inverses.NAMES) <= set(setting.methods)
+  task = problem.build(dataclasses.replace(setting, train_size=256))
+  dampings = [task.damping(text) for text in setting.sweep_dampings]
+  assert task.damping("training") not in dampings
   with pytest.raises(ValueError, match="unknown size 'full'"):
     module.get_config("full")
 
