@@ -56,6 +56,8 @@ class Trajectory(NamedTuple):
   batches: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   # state, data, weights [N], indices [B] -> state
   step: Callable[[State, PyTree, jax.Array, jax.Array], State]
+  # params, data, weights [N], indices [B] -> what the optimizer is given
+  gradient: Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]
   epochs: int
 
 
@@ -115,7 +117,7 @@ def trajectory(
     order = jnp.pad(order, (0, slots - size), constant_values=-1)
     return order.reshape(epoch_steps, batch_size)
 
-  def step(state, data, weights, batch):
+  def gradient(params, data, weights, batch):
     filled_B = batch >= 0
     # An empty slot repeats the batch's first example with weight 0: another
     # might be excluded because its loss is infinite, and 0 · inf is NaN.
@@ -133,15 +135,36 @@ def trajectory(
         )
       return jnp.sum(weight_B * loss_B)
 
-    grads = jax.grad(objective)(state.params)
+    return jax.grad(objective)(params)
+
+  def step(state, data, weights, batch):
+    grads = gradient(state.params, data, weights, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     moved = State(optax.apply_updates(state.params, updates), opt_state)
-    keep = filled_B[0]  # slots fill from the front
+    keep = batch[0] >= 0  # slots fill from the front
     return jax.tree.map(
       lambda new, old: jnp.where(keep, new, old), moved, state
     )
 
-  return Trajectory(start, batches, step, epochs)
+  return Trajectory(start, batches, step, gradient, epochs)
+
+
+def through(
+  parts: Trajectory,
+  state: State,
+  data: PyTree,
+  weights: jax.Array,
+  key: jax.Array,
+) -> State:
+  """The state after all epochs, in the order of a key."""
+
+  def step(state, batch):
+    return parts.step(state, data, weights, batch), None
+
+  def epoch(state, i):
+    return jax.lax.scan(step, state, parts.batches(weights, key, i))[0], None
+
+  return jax.lax.scan(epoch, state, jnp.arange(parts.epochs))[0]
 
 
 def trainer(
@@ -169,7 +192,7 @@ def trainer(
   constants of the program.
   """
   data = jax.tree.map(jnp.asarray, data)
-  n = _rows(data)
+  n = rows(data)
   size = n if size is None else size
   parts = trajectory(
     loss,
@@ -188,24 +211,14 @@ def trainer(
     if not jnp.issubdtype(weights.dtype, jnp.floating):
       weights = weights.astype(jnp.result_type(float))
     init_key, order_key = jax.random.split(key)
-
-    def epoch(state, i):
-      batches = parts.batches(weights, order_key, i)
-
-      def step(state, batch):
-        return parts.step(state, data, weights, batch), None
-
-      return jax.lax.scan(step, state, batches)[0], None
-
-    state = parts.start(init_key)
-    state = jax.lax.scan(epoch, state, jnp.arange(epochs))[0]
+    state = through(parts, parts.start(init_key), data, weights, order_key)
     fits = jnp.count_nonzero(weights) <= size
     return jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), state.params)
 
   return jax.tree_util.Partial(train, data)
 
 
-def _rows(data: PyTree) -> int:
+def rows(data: PyTree) -> int:
   """N, the leading axis that all leaves share."""
   shapes = {
     jax.tree_util.keystr(path): leaf.shape
