@@ -52,10 +52,11 @@ def scorer(
     by_site: also return the scores of each block.
 
   Returns:
-    score(params, train, queries, responses, *, loop=Loop()) -> {name: Scores},
-    values [N, Q]. Train and queries are pytrees of arrays with leading axes N
-    and Q; responses are linear operators on block coordinates, or `Cosine` of
-    one, by name. A second call compiles nothing again.
+    score(params, train, queries, responses, *, query_params=None, loop=Loop())
+    -> {name: Scores}, values [N, Q]. Train and queries are pytrees of arrays
+    with leading axes N and Q; responses are linear operators on block
+    coordinates, or `Cosine` of one, by name. The queries' gradients are taken
+    at `query_params` if these are given. A second call compiles nothing again.
   """
   if query_batch < 1:
     raise ValueError(f"query_batch must be positive, got {query_batch}")
@@ -92,18 +93,23 @@ def scorer(
     infos = {k: info for k, (_, info) in answers.items() if info is not None}
     return stack([blocks for blocks, _ in answers.values()]), infos
 
-  def score(params, train, queries, responses, *, loop=Loop()):
+  def score(
+    params, train, queries, responses, *, query_params=None, loop=Loop()
+  ):
     total = streams.rows(queries)
     _check_blocks(found, responses)
     _check_rows(found, "train", train)
     if measurement is None:
       _check_rows(found, "queries", queries)
     params, responses = meshes.replicate((params, responses), loop.mesh)
+    asked = params
+    if query_params is not None:
+      asked = meshes.replicate(query_params, loop.mesh)
     cosine = any(isinstance(r, Cosine) for r in responses.values())
     run, norms, pieces, infos = runs[cosine], None, [], []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
     for i, index in enumerate(splits):
-      answers, info = directions(params, queries, index, responses, loop)
+      answers, info = directions(asked, queries, index, responses, loop)
       operands = (params, answers)
       infos.append(info)
       stage = loop

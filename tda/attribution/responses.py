@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tda.blocks import Blocks
+from tda.curvature.labels import Labels
 from tda.inverse import iterative
 from tda.inverse.iterative import Info
 
@@ -48,6 +49,25 @@ class Cosine:
   def __call__(self, blocks: Blocks) -> Blocks:
     """The operator's result, each query's divided by its norm."""
     return _unit(self.operator(blocks))
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("operators",),
+  meta_fields=("labels",),
+)
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """Operators one after the other, the first applied first."""
+
+  operators: tuple[Operator, ...]
+  labels: Labels | None = None
+
+  def __call__(self, blocks: Blocks) -> Blocks:
+    """The last operator's result."""
+    for operator in self.operators:
+      blocks = operator(blocks)
+    return blocks
 
 
 def apply(operator: Operator, grads: Blocks) -> tuple[Blocks, Info | None]:

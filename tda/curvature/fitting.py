@@ -33,10 +33,11 @@ def fitter(
     labels: "empirical", "exact", "sampled" or "sampled:K".
 
   Returns:
-    fit(params, data, *, key=None, loop=Loop()) -> {method: Curvature}. Data is
-    a pytree of arrays with leading axis N; the key is for sampled labels, of
-    which each pass draws its own; each pass saves in a folder of its own. A
-    second call compiles nothing again.
+    fit(params, data, *, others=(), key=None, loop=Loop()) -> {method:
+    Curvature}. Data is a pytree of arrays with leading axis N; the key is for
+    sampled labels, of which each pass draws its own; each pass saves in a
+    folder of its own. With other parameters the curvature is the mean over all
+    of them, in one basis. A second call compiles nothing again.
   """
   unknown = set(methods) - set(METHODS)
   if unknown or not methods:
@@ -52,15 +53,25 @@ def fitter(
   moments_fold = fold(kronecker.MOMENTS)
   squares_fold = fold(kronecker.SQUARES)
 
-  def fit(params, data, *, key=None, loop=Loop()):
+  def fit(params, data, *, others=(), key=None, loop=Loop()):
     if labels.kind == "sampled" and key is None:
       raise ValueError("sampled labels are drawn at random: give a key")
     keys = [None] * 3 if key is None else jax.random.split(key, 3)
     fits = {}
 
+    def summed(fold, name, operand, key):
+      """Over the data at all parameters, and how many rows that were."""
+      total = None
+      for i, point in enumerate((params, *others)):
+        drawn = key if key is None or not i else jax.random.fold_in(key, i)
+        stage = loop.stage(f"{name} {i + 1}" if i else name)
+        found = streams.fold(fold, (point, operand, drawn), data, stage)
+        add = lambda x, y: jax.tree.map(jnp.add, x, y)
+        total = add(total, found) if i else found
+      return total
+
     def spectrum(name, basis, key):
-      args = (params, basis, key)
-      sums, count = streams.fold(squares_fold, args, data, loop.stage(name))
+      sums, count = summed(squares_fold, name, basis, key)
       values, finite = jax.jit(_means)(sums, count)
       bad = [k for k in values if not finite[k]]
       if bad:
@@ -71,9 +82,7 @@ def fitter(
       return values, int(count)
 
     if "kfac" in methods or "ekfac" in methods:
-      args = (params, None, keys[0])
-      stage = loop.stage("covariances")
-      moments, total = streams.fold(moments_fold, args, data, stage)
+      moments, total = summed(moments_fold, "covariances", None, keys[0])
       total = int(total)
       basis, sides = kronecker.eigenbasis(moments)
     if "kfac" in methods:

@@ -1,0 +1,174 @@
+"""SOURCE against the recursion it approximates, and its limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from tda import blocks, likelihoods, runs, streams
+from tda.attribution import influence, source
+from tda.attribution.responses import Identity
+from tda.attribution.source import Segment
+from tda.curvature import fitting
+from tda.inverse import spectral
+from tda.likelihoods import Objective
+from tda.runs import Checkpoint, Stage
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exactly():
+  with oracles.exactly():
+    yield
+
+
+LINEAR = Objective(
+  lambda p, ex: ex["x"] @ p["w"],
+  likelihoods.gaussian(),
+  lambda ex: ex["y"],
+)
+KEY = jax.random.key(0)
+
+
+def regression(seed, n=6):
+  """The last example has a gradient that hardly moves, and no curvature."""
+  rng = np.random.default_rng(seed)
+  x, y = rng.normal(size=(n, 4)), rng.normal(size=(n, 1))
+  x[-1], y[-1] = 1e-4 * x[-1], 1e4 * y[-1]
+  return {"x": x, "y": y}
+
+
+def init(key):
+  return {"w": jnp.zeros((4, 1))}
+
+
+def test_two_stages_of_a_quadratic_follow_the_exact_recursion():
+  """Derivatives of the run itself in the weight of the last example."""
+  data = [regression(0), regression(1)]
+  stages = [
+    Stage(LINEAR.loss, d, optax.sgd(rate), epochs, 6)
+    for d, rate, epochs in zip(data, (2e-3, 1e-3), (300, 400), strict=True)
+  ]
+  queries = {"x": np.eye(4), "y": np.ones((4, 1))}
+  train = jax.jit(runs.trainer(init, stages))
+  ones = [jnp.ones(6), jnp.ones(6)]
+
+  def measured(weights):
+    params = train(weights, KEY)
+    return jax.vmap(LINEAR.loss, (None, 0))(params, queries)
+
+  slopes = jax.jacrev(measured)(ones)
+  ends = np.cumsum(runs.lengths(stages))
+  points = runs.checkpoints(init, stages, ones, KEY, list(ends))
+  parts = source.segments(stages, points, 1)
+  assert [round(p.rate, 9) for p in parts] == [0.6, 0.4]
+  found = blocks.trace(LINEAR.outputs, init(KEY), streams.example(data[0]))
+  score = source.scorer(found, LINEAR, labels="exact")
+  scores = score(parts, data, queries)
+  for stage in (0, 1):
+    left_out = -np.asarray(slopes[stage])[:, -1]
+    got = scores[stage].values[-1]
+    np.testing.assert_allclose(got, left_out, rtol=5e-3)
+  # Without what the second stage undoes, the first one's are far off.
+  alone = score(parts[:1], data[:1], queries, params=points[-1].params)[0]
+  off = alone.values[-1] - scores[0].values[-1]
+  assert np.linalg.norm(off) > 0.05 * np.linalg.norm(alone.values[-1])
+
+
+def fitted():
+  p = oracles.problem("tanh")
+  fit = fitting.fitter(p.found, p.objective, methods=["ekfac"], labels="exact")
+  return p, fit(p.params, p.data)["ekfac"]
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e12])
+def test_one_segment_goes_from_dot_products_to_influence(rate):
+  p, curvature = fitted()
+  run = source.scorer(p.found, p.objective, labels="exact")
+  got = run([Segment((p.params,), rate, 0)], [p.data], p.data)[0]
+  score = influence.scorer(p.found, p.objective)
+  response = Identity()
+  if rate > 1:
+    response = spectral.inverse(curvature, spectral.absolute(1 / rate))
+  want = score(p.params, p.data, p.data, {"r": response})["r"].values
+  scale = rate if rate < 1 else 1.0
+  # Where the curvature vanishes the gradients do, but for rounding times c.
+  np.testing.assert_allclose(
+    got.values, scale * want, rtol=1e-5, atol=1e-5 * scale * np.abs(want).max()
+  )
+
+
+def test_the_response_is_near_a_damping_of_one_over_c():
+  """And above it by at most 1.3 (spec of Bae et al.: the same limits)."""
+  _, curvature = fitted()
+  rate = 7.0
+  got = source.generation(curvature, rate).weights
+  near = spectral.inverse(curvature, spectral.absolute(1 / rate)).weights
+  for name, x in got.items():
+    ratio = np.asarray(x / near[name])
+    assert (ratio > 0.999).all() and (ratio < 1.3).all()
+
+
+def test_flat_directions_and_weight_decay():
+  x = jnp.asarray([0.0, 1e-12, 2.0, 1e9])
+  plain = source._generated(x, 3.0, 0.0)
+  want = [3.0, 3.0, -np.expm1(-6.0) / 2, 1e-9]
+  np.testing.assert_allclose(plain, want, rtol=1e-9)
+  decayed = source._generated(x, 3.0, 0.5)
+  np.testing.assert_allclose(decayed[0], -np.expm1(-1.5) / 0.5, rtol=1e-9)
+
+
+def test_segments_compose():
+  """Three parts of a segment are that segment."""
+  p, _ = fitted()
+  run = source.scorer(p.found, p.objective, labels="exact", query_batch=3)
+  whole = run([Segment((p.params,), 6.0, 0)], [p.data], p.data)[0]
+  parts = [Segment((p.params, p.params), rate, 0) for rate in (1.0, 2.0, 3.0)]
+  split = run(parts, [p.data], p.data)[0]
+  np.testing.assert_allclose(split.values, whole.values, rtol=1e-8, atol=1e-14)
+  assert split.method == "source" and split.labels.kind == "exact"
+  assert split.normaliser == len(p.data["x"])
+
+
+def test_fast_segments_are_at_the_mean_of_their_parameters():
+  tree = lambda x: {"w": jnp.full(2, x)}
+  (got,) = source.averaged([Segment((tree(1.0), tree(4.0)), 0.3, 0)])
+  np.testing.assert_allclose(got.params[0]["w"], 2.5)
+  assert got.rate == 0.3 and len(got.params) == 1
+
+
+def test_segments_share_the_checkpoints_and_the_rate():
+  stages = [Stage(LINEAR.loss, regression(0), optax.sgd(0.1), 8, 3)]
+  at = [4, 8, 12, 16]
+  points = runs.checkpoints(init, stages, [jnp.ones(6)], KEY, at)
+  parts = source.segments(stages, points, 2)
+  assert [len(part.params) for part in parts] == [2, 2]
+  assert [round(part.rate, 6) for part in parts] == [0.8, 0.8]
+  with pytest.raises(ValueError, match="5 segments of 4 checkpoints"):
+    source.segments(stages, points, 5)
+  with pytest.raises(
+    ValueError, match=r"stage 0 ends after step 16 .* step 12"
+  ):
+    source.segments(stages, points[:3], 1)
+  with pytest.raises(ValueError, match="is of step None"):
+    source.segments(stages, [], 1)
+  adam = Checkpoint(16, 0, points[-1].params, (), 1.0, 0.4)
+  with pytest.raises(ValueError, match=r"spread 0\.4 of the mean"):
+    source.segments(stages, [adam], 1)
+
+
+def test_a_curvature_of_several_parameters_is_their_mean():
+  p, _ = fitted()
+  other = jax.tree.map(lambda x: 1.5 * x, p.params)
+  fit = fitting.fitter(p.found, p.objective, labels="exact")
+  both = fit(p.params, p.data, others=[other])
+  one, two = fit(p.params, p.data), fit(other, p.data)
+  for name, x in both["diagonal"].eigenvalues.items():
+    mean = one["diagonal"].eigenvalues[name] + two["diagonal"].eigenvalues[name]
+    np.testing.assert_allclose(x, mean / 2, rtol=1e-9, atol=1e-15)
+  traces = lambda f: sum(
+    float(x.sum()) for x in f["ekfac"].eigenvalues.values()
+  )
+  assert traces(both) == pytest.approx((traces(one) + traces(two)) / 2)
+  assert both["ekfac"].examples == 2 * one["ekfac"].examples
