@@ -53,6 +53,8 @@ def new(name: str, **fields: object) -> ConfigDict:
   config.fit_batch_size = 512  # examples, of every pass
   config.query_batch = 128  # queries held at a time
   config.solver_iterations = 100  # the most of cg, astra and lissa
+  config.checkpoints = 6  # of the run, for source, fast_source and tracin
+  config.segments = 3  # that source cuts them into
 
   # Retraining: LDS takes subsets x seeds runs.
   config.subsets = 200

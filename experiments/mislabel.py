@@ -6,6 +6,26 @@ Trains a network on noisy labels, and tunes adapters of another one, ranks the
 training examples by every method and reports how many of the wrong labels are
 found by how much inspection. Each seed of each subject is a stage of --workdir:
 an interrupted run is taken up.
+
+On two CPU cores, in 107 seconds, the AUC (0.9 is perfect, ± one standard error
+over ten seeds) and the fraction found at 20 % inspected, at damping 0.1:
+
+                        LoRA rank 4            trained
+  loss                  0.893 ± 0.001  0.917   0.898 ± 0.001  0.953
+  self ekfac            0.889 ± 0.001  0.883   0.893 ± 0.001  0.914
+  self hyperinf         0.889 ± 0.001  0.884   0.892 ± 0.001  0.908
+  self kfac             0.889 ± 0.001  0.883   0.893 ± 0.001  0.913
+  self gradient         0.885 ± 0.002  0.862   0.891 ± 0.001  0.897
+  EK-FAC                0.844 ± 0.004  0.853   0.847 ± 0.006  0.850
+  K-FAC                 0.844 ± 0.005  0.853   0.847 ± 0.006  0.848
+  LiSSA                 0.840 ± 0.005  0.871   0.829 ± 0.005  0.843
+  HyperINF              0.833 ± 0.006  0.829   0.829 ± 0.007  0.834
+  gradient cosine       0.645 ± 0.014  0.324   0.745 ± 0.019  0.510
+  DataInf               0.621 ± 0.009  0.555   0.695 ± 0.020  0.651
+  gradient dot product  0.610 ± 0.012  0.542   0.679 ± 0.021  0.628
+  random                0.497 ± 0.005  0.189   0.495 ± 0.004  0.194
+
+An example's own loss is the best of all here, and needs no gradient.
 """
 
 import dataclasses

@@ -1,13 +1,14 @@
 """Settings become data, model, training and measurements."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.evaluation import problem, stages
+from tda.evaluation import along, problem, stages
 from tda.evaluation.problem import Setting
 from tda.evaluation.workdir import Workdir
 from tda.inverse import spectral
@@ -110,3 +111,30 @@ def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
     np.testing.assert_array_equal(row.scores, again[name].scores)
   restored = stages.trained(task, workdir)
   jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
+  setting = dataclasses.replace(
+    SETTING,
+    methods=("gradient_dot", "tracin", "source", "fast_source"),
+    checkpoints=4,
+    segments=2,
+    sweep_labels=(),
+    sweep_dampings=(),
+  )
+  task = problem.build(setting)
+  workdir = Workdir(tmp_path, dataclasses.asdict(setting))
+  params = stages.trained(task, workdir)
+  rows = stages.attributed(task, params, workdir)
+  assert set(rows) == set(setting.methods)
+  assert rows["source"].labels == "sampled" and rows["tracin"].labels == ""
+  for row in rows.values():
+    assert row.scores.shape == (64, 5) and np.isfinite(row.scores).all()
+  different = np.abs(rows["source"].scores - rows["fast_source"].scores)
+  assert 0 < different.max() < np.abs(rows["source"].scores).max()
+  points = along.passed(task, workdir)
+  assert [point.step for point in points] == [2, 4, 6, 8]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, points[-1].params, params)
+  # 64 examples in batches of 16: momentum has not built up in eight steps.
+  assert 0 < points[-1].rate < 8 * 0.03 / (1 - 0.9)

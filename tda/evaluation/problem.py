@@ -22,6 +22,7 @@ from tda.inverse import spectral
 from tda.inverse.spectral import Damping
 from tda.likelihoods import Objective
 from tda.models import build as models
+from tda.runs import Stage
 
 PyTree = Any
 
@@ -60,6 +61,8 @@ class Setting:
   fit_batch_size: int = 512
   query_batch: int = 128
   solver_iterations: int = 100
+  checkpoints: int = 6
+  segments: int = 3
   subsets: int = 200
   subset_fraction: float = 0.5
   retrain_seeds: int = 3
@@ -79,6 +82,8 @@ class Problem(NamedTuple):
     objective: model and likelihood of one example.
     measurement: m(params, query) -> scalar.
     train: (weights [N], key) -> params.
+    init: key -> params.
+    stages: the same training for `tda.runs`, with all examples.
     measure: params -> {"value": [Q], "correct": [Q]}; "correct" is 1 where the
       query is predicted right, and 0 for regression.
     key: of everything random; split by the name of its use.
@@ -90,6 +95,8 @@ class Problem(NamedTuple):
   objective: Objective
   measurement: Callable[[PyTree, PyTree], jax.Array]
   train: trajectory.Train
+  init: trajectory.Init
+  stages: tuple[Stage, ...]
   measure: Partial
   key: jax.Array
 
@@ -161,13 +168,20 @@ def build(setting: Setting, size: int | None = None) -> Problem:
   )
   measurement = _measurement(setting.measurement, objective)
   queries = jax.tree.map(lambda x: x[: setting.num_queries], dataset.test)
-  train = trajectory.trainer(
+  stage = Stage(
     objective.loss,
-    model.init,
-    _optimizer(setting),
     dataset.train,
-    epochs=setting.epochs,
-    batch_size=setting.batch_size,
+    _optimizer(setting),
+    setting.epochs,
+    setting.batch_size,
+  )
+  train = trajectory.trainer(
+    stage.loss,
+    model.init,
+    stage.optimizer,
+    stage.data,
+    epochs=stage.epochs,
+    batch_size=stage.batch_size,
     size=size,
   )
   categorical = setting.likelihood == "categorical"
@@ -189,6 +203,8 @@ def build(setting: Setting, size: int | None = None) -> Problem:
     objective,
     measurement,
     train,
+    model.init,
+    (stage,),
     Partial(measure, arrays),
     key,
   )

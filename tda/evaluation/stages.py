@@ -12,7 +12,7 @@ import numpy as np
 from tda import checkpoints, streams
 from tda.attribution import inverses, methods
 from tda.curvature import labels as labels_lib
-from tda.evaluation import retraining
+from tda.evaluation import along, retraining
 from tda.evaluation.problem import Problem, Setting
 from tda.evaluation.workdir import Workdir
 from tda.inverse import solvers
@@ -102,6 +102,14 @@ def attributed(
       name = method if main else f"{method}@{damping}{suffix}"
       note = _unsolved(computed.get(f"{entry} status"))
       rows[name] = Attribution(values, said, damping, note)
+  if any(name in along.METHODS for name in setting.methods):
+    computed = workdir.stage(
+      "along", lambda: along.attributed(problem, params, workdir)
+    )
+    rows |= {
+      name: Attribution(values, along.METHODS[name], "")
+      for name, values in computed.items()
+    }
   return rows
 
 
@@ -142,7 +150,10 @@ def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
 
 def _rounds(setting: Setting) -> list[Round]:
   """(labels, dampings, methods): the main round, then the sweep's."""
-  rounds: list[Round] = [(setting.labels, (setting.damping,), setting.methods)]
+  ends = tuple(m for m in setting.methods if m not in along.METHODS)
+  rounds: list[Round] = []
+  if ends:
+    rounds.append((setting.labels, (setting.damping,), ends))
   of = lambda names: tuple(m for m in setting.methods if m in names)
   fitted, others = of(inverses.FITTED), of(OWN_LABELS)
   dampings = tuple(setting.sweep_dampings) or (setting.damping,)

@@ -6,10 +6,13 @@ _NAMES = {
   "cg": "CG",
   "datainf": "DataInf",
   "ekfac": "EK-FAC",
+  "fast_source": "FAST-SOURCE",
   "gradient_dot": "gradient dot product",
   "hyperinf": "HyperINF",
   "kfac": "K-FAC",
   "lissa": "LiSSA",
+  "source": "SOURCE",
+  "tracin": "TracIn",
 }
 
 
