@@ -56,9 +56,8 @@ def scorer(
       stage = loop.stage(f"checkpoint {i + 1}")
       responses = {"tracin": Identity()}
       scores = score(point.params, train, queries, responses, loop=stage)
-      values = (
-        values + np.float32(point.rate - before) * scores["tracin"].values
-      )
+      rate = point.rate - before
+      values = values + rate * scores["tracin"].values
       before = point.rate
     return scores["tracin"]._replace(values=np.asarray(values))
 
