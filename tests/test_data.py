@@ -14,7 +14,7 @@ import configs
 from tda.attribution import inverses
 from tda.data import bundled, datasets, idx, registry, tables
 from tda.data.datasets import Dataset
-from tda.evaluation import mislabel, problem
+from tda.evaluation import along, mislabel, problem
 
 
 def idx_bytes(array):
@@ -301,7 +301,7 @@ def test_missing_package_names_the_extra(monkeypatch, package):
 
 
 NOISY = ("mislabel", "selection")  # of another kind of setting
-SETS = ("solvers",)  # sizes are data sets
+SETS = ("along", "solvers")  # of other sizes than full and smoke
 CONFIGS = sorted(
   path.stem
   for path in pathlib.Path(configs.__path__[0]).glob("*.py")
@@ -321,15 +321,25 @@ def test_config_of_noisy_labels(name, size):
     module.get_config("full")
 
 
-@pytest.mark.parametrize("size", ["digits", "mnist5k", "smoke"])
-def test_config_of_the_solvers_names_every_inverse(size):
-  module = importlib.import_module("configs.solvers")
+@pytest.mark.parametrize(
+  ("name", "size", "methods"),
+  [
+    ("solvers", "digits", inverses.NAMES),
+    ("solvers", "mnist5k", inverses.NAMES),
+    ("solvers", "smoke", inverses.NAMES),
+    ("along", "noisy", along.METHODS),
+    ("along", "converged", along.METHODS),
+    ("along", "smoke", along.METHODS),
+  ],
+)
+def test_config_of_many_methods_names_them_all(name, size, methods):
+  module = importlib.import_module(f"configs.{name}")
   setting = problem.from_config(module.get_config(size).to_dict())
-  assert setting.name == f"solvers_{size}"
-  assert set(inverses.NAMES) <= set(setting.methods)
+  assert setting.name == f"{name}_{size}"
+  assert set(methods) <= set(setting.methods)
   task = problem.build(dataclasses.replace(setting, train_size=256))
   dampings = [task.damping(text) for text in setting.sweep_dampings]
-  assert task.damping("training") not in dampings
+  assert len(set(dampings)) == len(dampings)
   with pytest.raises(ValueError, match="unknown size 'full'"):
     module.get_config("full")
 
