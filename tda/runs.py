@@ -107,17 +107,17 @@ def trainer(
     train; `weights` has an array [N] for each stage. The initialisation and the
     first stage's order are those of `trajectory.trainer` for the same key.
   """
-  made = _made(init, stages)
+  made = trajectories(init, stages)
 
   def train(weights, key):
-    _check_weights(stages, weights)
+    check_weights(stages, weights)
     init_key, order_key = jax.random.split(key)
     params = init(init_key)
     for i, (stage, parts) in enumerate(zip(stages, made, strict=True)):
       state = State(params, stage.optimizer.init(params))
       data = jax.tree.map(jnp.asarray, stage.data)
       params = trajectory.through(
-        parts, state, data, jnp.asarray(weights[i]), _key(order_key, i)
+        parts, state, data, jnp.asarray(weights[i]), stage_key(order_key, i)
       ).params
     return params
 
@@ -149,8 +149,8 @@ def checkpoints(
   Raises:
     ValueError: steps that the run does not have, or a directory of another run.
   """
-  made, ends = _made(init, stages), np.cumsum(lengths(stages))
-  _check_weights(stages, weights)
+  made, ends = trajectories(init, stages), np.cumsum(lengths(stages))
+  check_weights(stages, weights)
   if not at or list(at) != sorted({*at}) or at[0] < 1 or at[-1] > ends[-1]:
     raise ValueError(
       f"checkpoints at {list(at)}: they are ascending steps of 1 to {ends[-1]}"
@@ -169,14 +169,14 @@ def checkpoints(
         walk = _begun(State(params, stage.optimizer.init(params)))
       data, first = jax.tree.map(jnp.asarray, stage.data), begin
       advance = jax.jit(functools.partial(_advance, parts, stage.optimizer))
-      orders = _orders(parts, jnp.asarray(weights[i]), _key(order_key, i))
+      order = orders(parts, jnp.asarray(weights[i]), stage_key(order_key, i))
       stops = [k for k in at if first < k <= ends[i]]
       for stop in dict.fromkeys([*stops, int(ends[i])]):
         if begin >= at[-1]:
           break
         kept = folders.load(stop, walk)
         if kept is None:
-          args = data, jnp.asarray(weights[i]), orders
+          args = data, jnp.asarray(weights[i]), order
           kept = advance(walk, *args, begin - first, stop - first)
           folders.save(stop, kept)
         walk, begin = kept, stop
@@ -186,7 +186,8 @@ def checkpoints(
   return found
 
 
-def _made(init: Init, stages: Sequence[Stage]) -> list[Trajectory]:
+def trajectories(init: Init, stages: Sequence[Stage]) -> list[Trajectory]:
+  """The start, batches and step of every stage."""
   if not stages:
     raise ValueError("a run needs one stage or more")
   return [
@@ -207,12 +208,12 @@ def _rows(stage: Stage) -> int:
   return trajectory.rows(stage.data)
 
 
-def _key(order_key: Array, stage: int) -> Array:
+def stage_key(order_key: Array, stage: int) -> Array:
   """The first stage's is that of a run without others."""
   return jax.random.fold_in(order_key, LAST - stage) if stage else order_key
 
 
-def _orders(parts: Trajectory, weights: Array, key: Array) -> Array:
+def orders(parts: Trajectory, weights: Array, key: Array) -> Array:
   """All batches of a stage [S, B]."""
   epochs = jnp.arange(parts.epochs)
   found = jax.lax.map(lambda i: parts.batches(weights, key, i), epochs)
@@ -322,7 +323,8 @@ class _Folders:
       disk.save(str(self.path / f"step_{step}"), walk)
 
 
-def _check_weights(stages: Sequence[Stage], weights: Sequence[Array]) -> None:
+def check_weights(stages: Sequence[Stage], weights: Sequence[Array]) -> None:
+  """Refuses weights of other shapes than the stages' examples."""
   shapes = [jnp.shape(w) for w in weights]
   expected = [(_rows(stage),) for stage in stages]
   if shapes != expected:

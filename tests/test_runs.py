@@ -69,7 +69,7 @@ def test_a_second_stage_starts_where_the_first_ended():
     loss, init, second.optimizer, 7, epochs=2, batch_size=4
   )
   state = trajectory.State(first, second.optimizer.init(first))
-  order_key = runs._key(jax.random.split(KEY)[1], 1)
+  order_key = runs.stage_key(jax.random.split(KEY)[1], 1)
   data = jax.tree.map(jnp.asarray, second.data)
   state = trajectory.through(parts, state, data, jnp.ones(7), order_key)
   assert_same(whole, state.params)
