@@ -44,6 +44,8 @@ Train = Callable[[jax.Array, jax.Array], PyTree]  # weights [N], key -> params
 
 
 class State(NamedTuple):
+  """Parameters, and the optimizer's state at them."""
+
   params: PyTree
   opt_state: PyTree
 

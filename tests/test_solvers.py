@@ -79,6 +79,13 @@ def test_scores_of_conjugate_gradients_are_those_of_a_dense_solve(loop):
     assert (scores.info.status == Status.CONVERGED).all()
 
 
+@pytest.mark.parametrize("name", ["none", "diagonal", "kfac"])
+def test_any_preconditioner_leads_to_the_same_answer(name):
+  budget = TIGHT._replace(preconditioner=name)
+  found = attribute(["cg"], [spectral.absolute(0.1)], budget=budget)["cg"]
+  np.testing.assert_allclose(found.values, expected(0.1), rtol=1e-7, atol=1e-10)
+
+
 def test_series_reach_the_same_answer_from_minibatches_of_everything():
   damping = [spectral.absolute(0.1)]
   budget = TIGHT._replace(limit=400)
@@ -197,6 +204,12 @@ def test_the_empirical_fisher_can_be_solved_too():
 
 def test_bad_arguments():
   p, _ = problem()
+  with pytest.raises(ValueError, match="unknown preconditioner 'lbfgs'"):
+    attribute(
+      ["cg"],
+      [spectral.absolute(0.1)],
+      budget=TIGHT._replace(preconditioner="lbfgs"),
+    )
   with pytest.raises(ValueError, match="unknown solver 'newton'"):
     solvers.maker(p.found, p.objective, "newton")
   astra = solvers.maker(p.found, p.objective, "astra")

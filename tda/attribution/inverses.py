@@ -72,11 +72,11 @@ def responses(problem: Problem, names: Sequence[str]) -> dict[str, Operator]:
   if "datainf" in names:
     found |= _datainf(problem)
   if chosen(EXACT):
-    first = _preconditioner(problem)
+    fits = _preconditioners(problem)
     for name in chosen(solvers.METHODS):
-      found |= _solvers(problem, name, first)
+      found |= _solvers(problem, name, fits)
     if "arnoldi" in names:
-      found |= _arnoldi(problem, first)
+      found |= _arnoldi(problem, fits["ekfac"])
   return found
 
 
@@ -117,15 +117,24 @@ def _datainf(problem: Problem) -> dict[str, Operator]:
   }
 
 
-def _preconditioner(problem: Problem) -> Curvature:
-  """EK-FAC near the exact Gauss-Newton Hessian, in as few backward passes."""
+def _preconditioners(problem: Problem) -> dict[str, Curvature]:
+  """Near the exact Gauss-Newton Hessian, in as few backward passes."""
+  name = problem.budget.preconditioner
+  if name not in (*fitting.METHODS, "none"):
+    raise ValueError(
+      f"unknown preconditioner {name!r}; choose of {[*fitting.METHODS, 'none']}"
+    )
+  names = [*dict.fromkeys(["ekfac", name])]
   loop = problem.loop.stage("preconditioner")
-  return _fit(problem, ["ekfac"], "sampled", loop)["ekfac"]
+  return _fit(problem, [n for n in names if n != "none"], "sampled", loop)
 
 
 def _solvers(
-  problem: Problem, name: str, first: Curvature
+  problem: Problem, name: str, fits: dict[str, Curvature]
 ) -> dict[str, Operator]:
+  first = fits.get(problem.budget.preconditioner)
+  if name != "cg":
+    first = fits["ekfac"]
   make = solvers.maker(
     problem.found, problem.objective, name, budget=problem.budget
   )
@@ -136,8 +145,8 @@ def _solvers(
     found[entry] = make(
       problem.params,
       problem.train,
-      {k: damping.of(x) for k, x in first.eigenvalues.items()},
-      spectral.inverse(first, damping),
+      {k: damping.of(x) for k, x in fits["ekfac"].eigenvalues.items()},
+      first and spectral.inverse(first, damping),
       key=problem.key,
       mesh=problem.loop.mesh,
       named=damping,

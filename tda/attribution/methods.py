@@ -36,7 +36,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
     "kfac": "the same with (A ⊗ S + δ)⁻¹",
     "ekfac": "the same with the eigenvalues refitted in that eigenbasis",
     "cg": "⟨(G + δ)⁻¹ ∇m, ∇ℓ⟩ / N, G the exact Gauss-Newton Hessian, solved by "
-    "conjugate gradients with EK-FAC as preconditioner",
+    "conjugate gradients in one space of all queries",
     "astra": "the same by a stochastic series from EK-FAC's answer",
     "lissa": "the same by the plain stochastic series",
     "arnoldi": "the same on the leading eigenvectors alone, by Lanczos",

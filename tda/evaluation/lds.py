@@ -41,6 +41,8 @@ Array = jax.Array | np.ndarray
 
 
 class Interval(NamedTuple):
+  """A mean and the ends of its interval."""
+
   mean: np.ndarray  # [...]
   low: np.ndarray  # [...]
   high: np.ndarray  # [...]

@@ -28,6 +28,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class State(NamedTuple):
+  """Where a block solve stands."""
+
   b: PyTree  # its largest entry is 1
   scale: Array  # and was this [Q]
   x: PyTree

@@ -67,6 +67,8 @@ NOISE = 2.0  # ‖I − A X‖ that counts as rounding / ε λ_max ‖X‖_F
 
 
 class State(NamedTuple):
+  """Where the iterations stand."""
+
   a: Array  # [..., D, D]
   scale: Array  # nearly λ_max(A) [...]
   x: Array  # [..., D, D]

@@ -18,6 +18,8 @@ Array = jax.Array
 
 
 class CGState(NamedTuple):
+  """Where the solves stand."""
+
   b: PyTree  # its largest entry is 1
   scale: Array  # and was this [Q]
   x: PyTree

@@ -31,6 +31,8 @@ BLOWN_UP = 1e3  # residual, relative to the first, that is called divergence
 
 
 class State(NamedTuple):
+  """Where the recurrences stand."""
+
   b: PyTree  # its largest entry is 1
   scale: Array  # and was this [Q]
   x: PyTree

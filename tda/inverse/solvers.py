@@ -43,6 +43,8 @@ class Budget(NamedTuple):
     microbatch: examples that cg's products take at a time; None: all.
     minibatch: examples of each step of astra and lissa; N if there are fewer.
     rank: eigenvectors that arnoldi keeps, of twice as many products.
+    preconditioner: of cg, where it is called by name: "ekfac", "kfac",
+      "diagonal" or "none".
   """
 
   limit: int = 100
@@ -50,6 +52,7 @@ class Budget(NamedTuple):
   microbatch: int | None = 512
   minibatch: int = 256
   rank: int = 100
+  preconditioner: str = "ekfac"
 
 
 DEFAULT = Budget()

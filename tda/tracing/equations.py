@@ -77,20 +77,24 @@ def _debug_info(eqn: Any) -> Any:
 
 
 def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
+  """A jaxpr and its constants, of one closed or not."""
   return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
 def called(eqn: Any) -> Any:
+  """The jaxpr that an equation calls, or None."""
   return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
 
 
 def first(eqn: Any) -> Any:
+  """An equation's first operand, or None if that is a literal."""
   if not eqn.invars or isinstance(eqn.invars[0], core.Literal):
     return None
   return eqn.invars[0]
 
 
 def permutes(eqn: Any) -> bool:
+  """Whether the output has the input's entries, in some order."""
   size = lambda v: math.prod(v.aval.shape)
   return (
     eqn.primitive.name in RENAMING
