@@ -26,7 +26,14 @@ def get_config(size: str = "noisy") -> ConfigDict:
     "along",
     dataset="mnist5k",
     features=(128, 64),  # 784-128-64-10, ReLU
-    methods=("gradient_dot", "tracin", "ekfac", "source", "fast_source"),
+    methods=(
+      "gradient_dot",
+      "tracin",
+      "ekfac",
+      "source",
+      "fast_source",
+      "unrolled",
+    ),
     labels="sampled",
     sweep_labels=("sampled",),
     sweep_dampings=("0.1 relative", "training"),

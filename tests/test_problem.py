@@ -116,7 +116,7 @@ def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
 def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
   setting = dataclasses.replace(
     SETTING,
-    methods=("gradient_dot", "tracin", "source", "fast_source"),
+    methods=("gradient_dot", "tracin", "source", "fast_source", "unrolled"),
     checkpoints=4,
     segments=2,
     sweep_labels=(),
@@ -132,6 +132,14 @@ def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
     assert row.scores.shape == (64, 5) and np.isfinite(row.scores).all()
   different = np.abs(rows["source"].scores - rows["fast_source"].scores)
   assert 0 < different.max() < np.abs(rows["source"].scores).max()
+  train = lambda w: task.train(w, task.key_for("attributed model"))
+  slope = jax.jvp(
+    lambda w: task.measure(train(w))["value"],
+    (jnp.ones(64),),
+    (jnp.zeros(64).at[7].set(1.0),),
+  )[1]
+  unrolled = rows["unrolled"].scores[7]
+  np.testing.assert_allclose(unrolled, -slope, rtol=1e-3, atol=1e-5)
   points = along.passed(task, workdir)
   assert [point.step for point in points] == [2, 4, 6, 8]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)

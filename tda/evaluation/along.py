@@ -2,18 +2,24 @@
 
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tda import blocks, runs, streams
-from tda.attribution import source, tracin
+from tda.attribution import source, tracin, unrolled
 from tda.evaluation.problem import Problem
 from tda.evaluation.workdir import Arrays, Workdir
 from tda.runs import Checkpoint
 
 PyTree = object
 METHODS = MappingProxyType(
-  {"tracin": "", "source": "sampled", "fast_source": "sampled"}
+  {
+    "tracin": "",
+    "source": "sampled",
+    "fast_source": "sampled",
+    "unrolled": "",
+  }
 )
 """Their names, and the labels of their curvatures."""
 
@@ -22,9 +28,21 @@ def attributed(problem: Problem, params: PyTree, workdir: Workdir) -> Arrays:
   """Scores [N, Q] of those of `METHODS` that the setting has."""
   setting, data = problem.setting, problem.dataset.train
   found = blocks.trace(problem.objective.outputs, params, streams.example(data))
-  points, queries = passed(problem, workdir), dict(problem.queries)
+  queries, scores = dict(problem.queries), dict[str, np.ndarray]()
+  if "unrolled" in setting.methods:
+    measurements = jax.vmap(problem.measurement, (None, 0))
+    derivative = unrolled.differentiate(
+      problem.init,
+      problem.stages,
+      [jnp.ones(streams.rows(data))],
+      problem.key_for("attributed model"),
+      lambda params: measurements(params, queries),
+    )
+    scores["unrolled"] = derivative.scores().values
+  if not {"tracin", "source", "fast_source"} & {*setting.methods}:
+    return scores
+  points = passed(problem, workdir)
   loop = streams.Loop(setting.fit_batch_size)
-  scores: Arrays = {}
   if "tracin" in setting.methods:
     trace = tracin.scorer(
       found,

@@ -13,6 +13,7 @@ _NAMES = {
   "lissa": "LiSSA",
   "source": "SOURCE",
   "tracin": "TracIn",
+  "unrolled": "exact unrolling",
 }
 
 
