@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from tiny import dataset, init, loss
 
 from tda import runs, trajectory
 from tda.runs import Stage
@@ -17,20 +18,6 @@ KEY = jax.random.key(3)
 def exactly():
   with oracles.exactly():
     yield
-
-
-def loss(params, example):
-  hidden = jnp.tanh(example["x"] @ params["w"])
-  return (hidden @ params["v"] - example["y"]) ** 2
-
-
-def init(key):
-  return {"w": jax.random.normal(key, (3, 4)), "v": jnp.ones(4) / 2}
-
-
-def dataset(n, seed=0):
-  rng = np.random.default_rng(seed)
-  return {"x": rng.normal(size=(n, 3)), "y": rng.normal(size=n)}
 
 
 def stage(n=10, optimizer=None, epochs=3, seed=0):

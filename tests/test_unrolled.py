@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from tiny import dataset, init, loss
 
 from tda import runs
 from tda.attribution import unrolled
@@ -32,20 +33,6 @@ OPTIMIZERS = {
 def exactly():
   with oracles.exactly():
     yield
-
-
-def loss(params, example):
-  hidden = jnp.tanh(example["x"] @ params["w"])
-  return (hidden @ params["v"] - example["y"]) ** 2
-
-
-def init(key):
-  return {"w": jax.random.normal(key, (3, 4)), "v": jnp.ones(4) / 2}
-
-
-def dataset(n, seed=0):
-  rng = np.random.default_rng(seed)
-  return {"x": rng.normal(size=(n, 3)), "y": rng.normal(size=n)}
 
 
 def stage(name, n=10, epochs=3, seed=0):
