@@ -109,20 +109,34 @@ def total(found: Trace, run: Pass) -> Fold:
 
 
 def summed_over_blocks(
-  found: Trace, objective: Objective, statistic: taps.Statistic
+  found: Trace,
+  objective: Objective,
+  statistic: taps.Statistic,
+  *,
+  keep: int = 0,
 ) -> Callable[..., np.ndarray]:
-  """One number [N] for every example: its statistics' sum over blocks.
+  """For every example the sum over blocks and stacks of its statistic.
+
+  Args:
+    found: trace of `objective.outputs`.
+    objective: model and likelihood.
+    statistic: one that is per example, [N, *stack, *kept].
+    keep: how many axes it has after the stack's.
 
   Returns:
-    run(params, data, operands, *, loop=Loop()) -> [N], of a statistic that is
-    per example. A second call compiles nothing again.
+    run(params, data, operands, *, loop=Loop()) -> [N, *kept]. A second call
+    compiles nothing again.
   """
   one_pass = backward_pass(found, objective, statistic)
 
   def one(args, batch):
     values, finite = one_pass(args[0], batch, args[1])
-    total = sum(x.reshape(x.shape[0], -1).sum(axis=1) for x in values.values())
-    return total, finite & jnp.isfinite(total)
+    total = sum(
+      x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
+      for x in values.values()
+    )
+    sound = jnp.isfinite(total).reshape(total.shape[0], -1).all(axis=1)
+    return total, finite & sound
 
   def run(params, data, operands, *, loop=Loop()):
     return streams.each(one, (params, operands), data, loop)
