@@ -176,6 +176,6 @@ def test_resume(resumed, method):
 
 def test_resuming_repeats_only_what_was_not_saved(resumed):
   _, handed, interruptions = resumed
-  batches = 4 * 6 + 2  # four of the training data in each pass, two of queries
+  batches = 4 * 9 + 2  # four of the training data in each pass, two of queries
   assert interruptions == 3
   assert handed <= batches + 2 * interruptions
