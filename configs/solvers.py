@@ -63,6 +63,6 @@ def get_config(size: str = "digits") -> ConfigDict:
     )
   if size == "smoke":
     config = defaults.sized(config, "smoke")
-    config.update(sweep_dampings=("0.1 relative",), solver_iterations=4)
+    config.update(sweep_labels=(), sweep_dampings=(), solver_iterations=4)
   config.name = f"solvers_{size}"
   return config
