@@ -25,9 +25,8 @@ On two CPU cores the command prints (of 32 queries to the digits MLP)
 
   block 10.7 s, side by side 61.6 s, in turn 73.0 s; block / in turn 0.147
 
-A block takes three to six times fewer iterations. EK-FAC saves none here: the
-Hessian of a trained classifier has a few hundred large eigenvalues that are in
-no Kronecker basis, which CG finds by itself and EK-FAC smears over many.
+(the seconds partly beside other jobs). A block takes three to six times fewer
+iterations. EK-FAC costs some below a damping of 100 rather than saving them.
 """
 
 import statistics

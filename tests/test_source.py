@@ -100,7 +100,7 @@ def test_one_segment_goes_from_dot_products_to_influence(rate):
 
 
 def test_the_response_is_near_a_damping_of_one_over_c():
-  """And above it by at most 1.3 (spec of Bae et al.: the same limits)."""
+  """And above it by at most 1.3: both are c at 0 and 1/σ at infinity."""
   _, curvature = fitted()
   rate = 7.0
   got = source.generation(curvature, rate).weights

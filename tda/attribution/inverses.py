@@ -184,7 +184,7 @@ def _arnoldi(problem: Problem, first: Curvature) -> dict[str, Operator]:
   found: dict[str, Operator] = {}
   for damping in problem.dampings:
     total = sum(
-      float((damping.of(x) * (x.size / max(damping.of(x).size, 1))).sum())
+      float(jnp.broadcast_to(damping.of(x), x.shape).sum())
       for x in values.values()
     )
     found[problem.entry("arnoldi", damping)] = dataclasses.replace(

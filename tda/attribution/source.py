@@ -12,7 +12,7 @@ so that the predicted change of a measurement m when an example is left out is
     τ = Σ_ℓ ⟨u_ℓ, ḡ_ℓ⟩ / N,   u_ℓ = (I − exp(−c_ℓ H_ℓ)) H_ℓ⁻¹ v_ℓ,
     v_L = ∇m(θ_T),            v_{ℓ−1} = exp(−c_ℓ H_ℓ) v_ℓ
 
-(Bae et al. 2024, eqs. 10–14). H_ℓ is the EK-FAC mean over the segment's
+(Bae et al. 2024). H_ℓ is the EK-FAC mean over the segment's
 checkpoints, in one basis, and ḡ_ℓ the mean gradient of the example there. One
 segment of a long run is influence with damping near 1/c; a short one is TracIn.
 

@@ -6,7 +6,7 @@ gradient under a random projection P,
     τ(q, i) = ∂ℓ_i/∂f · φ_mᵀ (ΦᵀΦ + λ)⁻¹ φ_i,    φ_m = P ∇m(q),
 
 each factor averaged over an ensemble of models, trained on other subsets or
-with other seeds (Park et al. 2023, eq. 13 and §3.3). For classification f is
+with other seeds (Park et al. 2023). For classification f is
 the margin log(p / (1 − p)) and ∂ℓ/∂f = −(1 − p).
 
 Signs are those of all scores here: positive where leaving the example out
@@ -69,16 +69,13 @@ def attribute(
     raise ValueError("TRAK needs one model or more")
   if (output is None) != (slope is None):
     raise ValueError("an output and its slope come together: give both")
-  if output is None:
-    output = likelihoods.margin(objective)
-  if slope is None:
-    margin = output
+  if output is None or slope is None:
+    output = margin = likelihoods.margin(objective)
     slope = lambda params, example: -jax.nn.sigmoid(-margin(params, example))
   n, example = streams.rows(train), streams.example(train)
-  rank = min(n, dimension)
   if dimension > n and damping == 0:
     raise ValueError(
-      f"dimension={dimension} of {n} examples leaves ΦᵀΦ of rank {rank}: lower"
+      f"dimension={dimension} of {n} examples leaves ΦᵀΦ of rank {n}: lower"
       " it, or give a damping"
     )
   traced = lambda f: _projected(f, models[0], example, select)
