@@ -61,12 +61,12 @@ def fitter(
 
     def summed(fold, name, operand, key):
       """Over the data at all parameters, and how many rows that were."""
+      add = lambda x, y: jax.tree.map(jnp.add, x, y)
       total = None
       for i, point in enumerate((params, *others)):
         drawn = key if key is None or not i else jax.random.fold_in(key, i)
         stage = loop.stage(f"{name} {i + 1}" if i else name)
         found = streams.fold(fold, (point, operand, drawn), data, stage)
-        add = lambda x, y: jax.tree.map(jnp.add, x, y)
         total = add(total, found) if i else found
       return total
 

@@ -27,7 +27,6 @@ METHODS = MappingProxyType(
 def attributed(problem: Problem, params: PyTree, workdir: Workdir) -> Arrays:
   """Scores [N, Q] of those of `METHODS` that the setting has."""
   setting, data = problem.setting, problem.dataset.train
-  found = blocks.trace(problem.objective.outputs, params, streams.example(data))
   queries, scores = dict(problem.queries), dict[str, np.ndarray]()
   if "unrolled" in setting.methods:
     measurements = jax.vmap(problem.measurement, (None, 0))
@@ -41,6 +40,7 @@ def attributed(problem: Problem, params: PyTree, workdir: Workdir) -> Arrays:
     scores["unrolled"] = derivative.scores().values
   if not {"tracin", "source", "fast_source"} & {*setting.methods}:
     return scores
+  found = blocks.trace(problem.objective.outputs, params, streams.example(data))
   points = passed(problem, workdir)
   loop = streams.Loop(setting.fit_batch_size)
   if "tracin" in setting.methods:
