@@ -18,7 +18,6 @@ Notation: N examples of a stage, S steps, B slots of a batch.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ import optax
 import tqdm
 
 from tda import checkpoints as disk
-from tda import trajectory
+from tda import records, trajectory
 from tda.trajectory import Init, Loss, State, Trajectory
 
 Array = jax.Array
@@ -48,6 +47,9 @@ class Stage(NamedTuple):
     epochs: passes over the data.
     batch_size: examples of a step.
     size: the most examples that are ever kept; N unless given.
+    masked: an example of weight 0 keeps its place, as `trajectory` says.
+    microbatch: examples whose gradient is computed at a time; all of a batch
+      unless given.
   """
 
   loss: Loss
@@ -56,6 +58,8 @@ class Stage(NamedTuple):
   epochs: int
   batch_size: int
   size: int | None = None
+  masked: bool = False
+  microbatch: int | None = None
 
 
 class Checkpoint(NamedTuple):
@@ -158,7 +162,7 @@ def checkpoints(
   init_key, order_key = jax.random.split(key)
   walk = _begun(made[0].start(init_key))
   found: list[Checkpoint] = []
-  folders = _Folders(directory, stages, key, at)
+  folders = _Folders(directory, record(init, stages, weights, key))
   with tqdm.tqdm(
     total=at[-1], desc=label, unit="step", disable=not label
   ) as bar:
@@ -199,6 +203,8 @@ def trajectories(init: Init, stages: Sequence[Stage]) -> list[Trajectory]:
       epochs=stage.epochs,
       batch_size=stage.batch_size,
       size=stage.size,
+      masked=stage.masked,
+      microbatch=stage.microbatch,
     )
     for stage in stages
   ]
@@ -296,23 +302,10 @@ def _checkpoint(step: int, stage: int, walk: _Walk) -> Checkpoint:
 class _Folders:
   """A run's states on disk, a folder for each step."""
 
-  def __init__(self, directory, stages, key, at):
+  def __init__(self, directory: str | None, record: dict[str, Any]):
     self.path = directory and pathlib.Path(directory)
-    if not self.path:
-      return
-    record = {
-      "key": np.asarray(jax.random.key_data(key)).tolist(),
-      "stages": [[_rows(s), s.epochs, s.batch_size, s.size] for s in stages],
-      "at": [int(k) for k in at],
-    }
-    self.path.mkdir(parents=True, exist_ok=True)
-    path = self.path / "run.json"
-    if path.exists() and (there := json.loads(path.read_text())) != record:
-      raise ValueError(
-        f"{directory} holds another run ({there}, and here {record}): give this"
-        " one another directory, or delete that one"
-      )
-    path.write_text(json.dumps(record))
+    if self.path:
+      records.belongs(self.path, record)
 
   def load(self, step: int, like: _Walk) -> _Walk | None:
     folder = self.path and str(self.path / f"step_{step}")
@@ -323,11 +316,38 @@ class _Folders:
       disk.save(str(self.path / f"step_{step}"), walk)
 
 
+def record(
+  init: Init, stages: Sequence[Stage], weights: Sequence[Array], key: Array
+) -> dict[str, Any]:
+  """What tells a run from others, for the directory that it saves in.
+
+  Its key, data and weights, and the program of a step, in which the loss and
+  the optimizer are, with their numbers.
+  """
+
+  def program(stage, parts, w):
+    params = jax.eval_shape(init, key)
+    opt_state = jax.eval_shape(stage.optimizer.init, params)
+    batch = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
+    return records.program(
+      parts.step, State(params, opt_state), stage.data, w, batch
+    )
+
+  made = trajectories(init, stages)
+  return {
+    "key": np.asarray(jax.random.key_data(key)).tolist(),
+    "steps": [[s.epochs, s.batch_size, s.size, s.masked] for s in stages],
+    "data": [records.digest(s.data) for s in stages],
+    "weights": [records.digest(w) for w in weights],
+    "loss or optimizer": [*map(program, stages, made, weights)],
+  }
+
+
 def check_weights(stages: Sequence[Stage], weights: Sequence[Array]) -> None:
   """Refuses weights of other shapes than the stages' examples."""
   shapes = [jnp.shape(w) for w in weights]
   expected = [(_rows(stage),) for stage in stages]
-  if shapes != expected:
+  if [shape[:1] for shape in shapes] != expected:
     raise ValueError(
       f"weights of shapes {shapes}: each stage's are those of its examples, "
       f"{expected}"

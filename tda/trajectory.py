@@ -10,7 +10,13 @@ of weight 0 is excluded: each epoch draws one permutation of all N examples,
 moves the excluded ones to its end without changing the order of the others,
 and stops at the last example kept. Training with 0/1 weights is therefore
 training on the subset alone, in the same order; the last batch of an epoch
-holds (and is divided by the number of) what remains.
+holds (and is divided by the number of) what remains. A `masked` run excludes
+nobody: an example of weight 0 keeps its place in its batches, which are divided
+by the same number, so that the run depends smoothly on every weight.
+
+A loss may return several values of an example, as one for each token. Weights
+are then [N, ...] with an entry for each; their weighted sum is the example's
+loss, and an example is excluded when all of its weights are 0.
 
 Cost. An epoch runs ceil(size / batch_size) steps, where `size` is the largest
 number of non-zero weights ever passed: a half subset costs half. With fewer
@@ -24,8 +30,12 @@ folded with the epoch, the order. Weights enter neither, so the same key gives
 the same initialisation, and the same order up to exclusion, whatever the
 weights. (Keys of the default implementation: `rbg` draws differ under vmap.)
 
-The derivative in a weight is exact where the weight is not 0; it is 0 where the
-weight is 0, since whether an example takes part is not differentiable.
+The derivative in a weight is exact where the weight is not 0, and everywhere in
+a masked run; otherwise it is 0 where the weight is 0, since whether an example
+takes part is not differentiable.
+
+Memory. With `microbatch` the gradient of a batch is summed over parts of that
+many slots, one after another, also where it is differentiated.
 
 Notation: N examples, S steps of an epoch, B slots of a batch.
 """
@@ -38,9 +48,9 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
-Loss = Callable[[PyTree, PyTree], jax.Array]  # params, one example -> scalar
+Loss = Callable[[PyTree, PyTree], jax.Array]  # params, one example -> []
 Init = Callable[[jax.Array], PyTree]  # key -> params
-Train = Callable[[jax.Array, jax.Array], PyTree]  # weights [N], key -> params
+Train = Callable[[jax.Array, jax.Array], PyTree]  # weights, key -> params
 
 
 class State(NamedTuple):
@@ -93,6 +103,8 @@ def trajectory(
   epochs: int,
   batch_size: int,
   size: int | None = None,
+  masked: bool = False,
+  microbatch: int | None = None,
 ) -> Trajectory:
   """Start, batches and step of a run over `n` examples; see `trainer`."""
   size = n if size is None else size
@@ -105,6 +117,12 @@ def trajectory(
     )
   if epochs < 1:
     raise ValueError(f"epochs must be positive, got {epochs}")
+  if microbatch is not None and not 0 < microbatch <= batch_size:
+    raise ValueError(
+      f"microbatch must be in 1..batch_size = {batch_size}, got {microbatch}"
+    )
+  if masked and size != n:
+    raise ValueError(f"a masked run sees all {n} examples: size={size} is less")
   epoch_steps = steps(size, batch_size, 1)
 
   def start(key: jax.Array) -> State:
@@ -112,32 +130,42 @@ def trajectory(
     return State(params, optimizer.init(params))
 
   def batches(weights, key, epoch):
-    kept = jnp.count_nonzero(weights)
-    order = permutation(key, weights, epoch)[:size]
+    present_N = jnp.ones(n) if masked else present(weights)
+    order = permutation(key, present_N, epoch)[:size]
+    kept = jnp.count_nonzero(present_N)
     order = jnp.where(jnp.arange(size) < kept, order, -1)
     slots = epoch_steps * batch_size
     order = jnp.pad(order, (0, slots - size), constant_values=-1)
     return order.reshape(epoch_steps, batch_size)
+
+  def objective(params, data, weights, index_B, filled_B):
+    """Weighted sum over the filled slots of a batch, or of a part of one."""
+    examples = jax.tree.map(lambda leaf: leaf[index_B], data)
+    loss_B = jax.vmap(loss, (None, 0))(params, examples)
+    weight_B = weights[index_B]
+    if loss_B.shape != weight_B.shape:
+      raise ValueError(
+        "loss(params, example) must return a scalar for one example, or as "
+        f"many values as an example has weights: got shape {loss_B.shape[1:]} "
+        f"for weights of shape {weight_B.shape[1:]}"
+      )
+    filled_B = filled_B.reshape(-1, *[1] * (weight_B.ndim - 1))
+    return jnp.sum(jnp.where(filled_B, weight_B, 0) * loss_B)
 
   def gradient(params, data, weights, batch):
     filled_B = batch >= 0
     # An empty slot repeats the batch's first example with weight 0: another
     # might be excluded because its loss is infinite, and 0 · inf is NaN.
     index_B = jnp.where(filled_B, batch, batch[0])
-    examples = jax.tree.map(lambda leaf: leaf[index_B], data)
-    weight_B = jnp.where(filled_B, weights[index_B], 0)
-    weight_B /= jnp.maximum(jnp.count_nonzero(filled_B), 1)
-
-    def objective(params):
-      loss_B = jax.vmap(loss, (None, 0))(params, examples)
-      if loss_B.shape != weight_B.shape:
-        raise ValueError(
-          "loss(params, example) must return a scalar for one example, got "
-          f"shape {loss_B.shape[1:]}: sum or average it inside the loss"
-        )
-      return jnp.sum(weight_B * loss_B)
-
-    return jax.grad(objective)(params)
+    part = lambda index, filled: jax.grad(objective)(
+      params, data, weights, index, filled
+    )
+    if microbatch is None:
+      total = part(index_B, filled_B)
+    else:
+      total = _summed(part, index_B, filled_B, microbatch)
+    count = jnp.maximum(jnp.count_nonzero(filled_B), 1)
+    return jax.tree.map(lambda g: g / count, total)
 
   def step(state, data, weights, batch):
     grads = gradient(state.params, data, weights, batch)
@@ -178,6 +206,8 @@ def trainer(
   epochs: int,
   batch_size: int,
   size: int | None = None,
+  masked: bool = False,
+  microbatch: int | None = None,
 ) -> Train:
   """`train(weights [N], key) -> params`; the module says what it computes.
 
@@ -187,7 +217,7 @@ def trainer(
 
   `size`, default N, bounds the number of non-zero weights. More of them than
   `size` cannot be seen on shapes, and give NaN parameters instead of a run on
-  part of them.
+  part of them. `masked` and `microbatch` are what the module says.
 
   `train` is a `jax.tree_util.Partial` that holds `data`: passed as an argument
   to a jitted function the data stay arguments, called inside one they become
@@ -204,20 +234,50 @@ def trainer(
     epochs=epochs,
     batch_size=batch_size,
     size=size,
+    masked=masked,
+    microbatch=microbatch,
   )
 
   def train(data: PyTree, weights: jax.Array, key: jax.Array) -> PyTree:
     weights = jnp.asarray(weights)
-    if weights.shape != (n,):
-      raise ValueError(f"weights must have shape ({n},), got {weights.shape}")
+    if weights.shape[:1] != (n,):
+      raise ValueError(
+        f"weights are of {n} examples, and not of shape {weights.shape}"
+      )
     if not jnp.issubdtype(weights.dtype, jnp.floating):
       weights = weights.astype(jnp.result_type(float))
     init_key, order_key = jax.random.split(key)
     state = through(parts, parts.start(init_key), data, weights, order_key)
-    fits = jnp.count_nonzero(weights) <= size
+    fits = masked | (jnp.count_nonzero(present(weights)) <= size)
     return jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), state.params)
 
   return jax.tree_util.Partial(train, data)
+
+
+def present(weights: jax.Array) -> jax.Array:
+  """Which examples have a weight that is not 0, bool [N]."""
+  return (weights != 0).any(axis=tuple(range(1, weights.ndim)))
+
+
+def _summed(
+  part: Callable[[jax.Array, jax.Array], PyTree],
+  index_B: jax.Array,
+  filled_B: jax.Array,
+  microbatch: int,
+) -> PyTree:
+  """The gradients of parts of a batch, one after another, and their sum."""
+  empty = -len(index_B) % microbatch
+  index_B = jnp.pad(index_B, (0, empty), mode="edge")
+  filled_B = jnp.pad(filled_B, (0, empty))
+  split = lambda x: x.reshape(-1, microbatch)
+
+  @jax.checkpoint
+  def add(total, slots):
+    return jax.tree.map(jnp.add, total, part(*slots)), None
+
+  like = jax.eval_shape(part, index_B[:microbatch], filled_B[:microbatch])
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  return jax.lax.scan(add, zeros, (split(index_B), split(filled_B)))[0]
 
 
 def rows(data: PyTree) -> int:

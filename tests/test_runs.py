@@ -137,8 +137,14 @@ def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch):
   for a, b in zip(found, runs.checkpoints(*args), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     assert a.rate == pytest.approx(b.rate)
-  with pytest.raises(ValueError, match="holds another run"):
+  with pytest.raises(ValueError, match="holds another run: its key differ"):
     runs.checkpoints(*args[:3], jax.random.key(4), at, directory=folder)
+  faster = [TWO[0], TWO[1]._replace(optimizer=optax.sgd(0.11))]
+  with pytest.raises(ValueError, match="its loss or optimizer differ"):
+    runs.checkpoints(init, faster, ones(TWO), KEY, at, directory=folder)
+  other = [TWO[0]._replace(data=dataset(10, seed=5)), TWO[1]]
+  with pytest.raises(ValueError, match="its data differ"):
+    runs.checkpoints(init, other, ones(TWO), KEY, at, directory=folder)
 
 
 @pytest.mark.parametrize("at", [[], [0], [3, 3], [5, 2], [14]])

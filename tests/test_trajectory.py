@@ -200,7 +200,8 @@ def test_bad_data_weights_and_loss():
     trainer(loss, init, optax.sgd(0.1), data, **options)
   with pytest.raises(ValueError, match="first axis"):
     trainer(loss, init, optax.sgd(0.1), {"x": np.float32(1)}, **options)
-  with pytest.raises(ValueError, match=r"weights .* \(13,\), got \(5,\)"):
+  shape = r"of 13 examples, and not of shape \(5,\)"
+  with pytest.raises(ValueError, match=shape):
     make(optax.sgd(0.1))(jnp.ones(5), jax.random.key(0))
 
   def vector(params, example):
@@ -209,3 +210,62 @@ def test_bad_data_weights_and_loss():
   train = trainer(vector, init, optax.sgd(0.1), dataset(), **options)
   with pytest.raises(ValueError, match=r"scalar .* got shape \(3,\)"):
     train(mask(), jax.random.key(0))
+
+
+def test_masked_examples_keep_their_places():
+  """A weight of 0 is the limit of small ones, and no batch changes its size."""
+  with jax.enable_x64(True):
+    key, near = jax.random.key(3), jnp.ones(N).at[jnp.array([2, 7])].set(1e-9)
+    train = jax.jit(make(optax.sgd(0.1, 0.9), masked=True))
+    assert_same(train(mask(2, 7), key), train(near, key), rtol=1e-7)
+    excluded = make(optax.sgd(0.1, 0.9))
+    assert_same(train(jnp.ones(N), key), excluded(jnp.ones(N), key), rtol=1e-12)
+    gap = jax.tree.map(
+      lambda x, y: float(abs(x - y).max()),
+      train(mask(2, 7), key),
+      excluded(mask(2, 7), key),
+    )
+    assert max(jax.tree.leaves(gap)) > 1e-4
+  with pytest.raises(ValueError, match=r"masked run sees all 13.*size=7"):
+    make(optax.sgd(0.1), masked=True, size=7)
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 4])
+def test_microbatches_sum_to_the_batch(microbatch):
+  with jax.enable_x64(True):
+    weights, key = mask(0, 5).at[3].set(2.5), jax.random.key(3)
+    want = make(optax.adam(0.1))(weights, key)
+    got = make(optax.adam(0.1), microbatch=microbatch)(weights, key)
+    assert_same(got, want, rtol=1e-10)
+    slope = jax.grad(
+      lambda w, parts: make(optax.sgd(0.1), microbatch=parts)(w, key)["v"].sum()
+    )
+    np.testing.assert_allclose(
+      slope(weights, microbatch), slope(weights, None), rtol=1e-10
+    )
+  with pytest.raises(ValueError, match=r"microbatch must be in 1..batch_size"):
+    make(optax.sgd(0.1), microbatch=5)
+
+
+def test_weights_of_every_value_of_a_loss():
+  """As one weight where they are equal; all of an example's 0 exclude it."""
+
+  def each(params, example):
+    return jnp.stack([loss(params, example), example["y"] * params["v"][0]])
+
+  options = {"epochs": EPOCHS, "batch_size": BATCH}
+  with jax.enable_x64(True):
+    key = jax.random.key(3)
+    values = trainer(each, init, optax.sgd(0.1), dataset(), **options)
+    total = trainer(
+      lambda p, e: each(p, e).sum(), init, optax.sgd(0.1), dataset(), **options
+    )
+    both = jnp.broadcast_to(mask(1, 6)[:, None], (N, 2))
+    assert_same(values(both, key), total(mask(1, 6), key), rtol=1e-12)
+    first = both.at[:, 1].set(0)
+    assert_same(
+      values(first, key), make(optax.sgd(0.1))(mask(1, 6), key), rtol=1e-12
+    )
+    shapes = r"shape \(2,\) for weights of shape \(\)"
+    with pytest.raises(ValueError, match=shapes):
+      values(jnp.ones(N), key)

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from tiny import dataset, init, loss
 
-from tda import runs
+from tda import meshes, runs
 from tda.attribution import unrolled
 from tda.runs import Stage
 
@@ -56,8 +56,10 @@ def automatic(*names):
   return stages, weights, slopes
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize(
+  ("name", "levels"),
+  [*((name, 2) for name in OPTIMIZERS), ("adam", 1), ("momentum", 3)],
+)
 def test_derivatives_in_weights_are_those_of_the_run(name, levels):
   stages, weights, want = automatic(name)
   got = unrolled.differentiate(
@@ -126,10 +128,114 @@ def test_the_metagradient_of_a_learning_rate():
   )
 
 
+def test_masked_runs_have_derivatives_at_weights_of_0():
+  masked = stage("momentum")._replace(masked=True)
+  weights = jnp.ones(10).at[jnp.array([2, 5])].set(0)
+  got = unrolled.differentiate(init, [masked], [weights], KEY, measure)
+  train = runs.trainer(init, [masked])
+  want = jax.jacrev(lambda w: measure(train([w], KEY)))(weights)
+  np.testing.assert_allclose(got.weights[0], want, rtol=1e-9, atol=1e-12)
+  assert (abs(got.weights[0][:, 2]) > 1e-6).all()
+
+
+def test_weights_of_every_token():
+  def tokens(params, example):
+    return jnp.stack([loss(params, example), params["v"].sum() * example["y"]])
+
+  made = stage("adam")._replace(loss=tokens)
+  weights = jnp.linspace(0.5, 1.5, 20).reshape(10, 2).at[4].set(0)
+  got = unrolled.differentiate(init, [made], [weights], KEY, measure)
+  train = runs.trainer(init, [made])
+  want = jax.jacrev(lambda w: measure(train([w], KEY)))(weights)
+  assert want.shape == (3, 10, 2)
+  np.testing.assert_allclose(got.weights[0], want, rtol=1e-9, atol=1e-12)
+  np.testing.assert_allclose(got.scores().values.T, -want.sum(2), rtol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (4, 2)])
+def test_meshes_and_microbatches_change_nothing(shape):
+  _, weights, _ = automatic("adam")
+  made = stage("adam")._replace(batch_size=8)
+  want = unrolled.differentiate(init, [made], weights, KEY, measure)
+  got = unrolled.differentiate(
+    init,
+    [made._replace(microbatch=4)],
+    weights,
+    KEY,
+    measure,
+    mesh=meshes.mesh(*shape),
+  )
+  np.testing.assert_allclose(got.weights[0], want.weights[0], rtol=1e-9)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-12),
+    got.start,
+    want.start,
+  )
+
+
+def test_a_forward_pass_in_bfloat16():
+  """The state and its cotangents stay float32."""
+  low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+  def rounded(params, example):
+    return loss(low(params), low(example)).astype(jnp.float32)
+
+  data = jax.tree.map(np.float32, dataset(10))
+  made = stage("momentum")._replace(loss=rounded, data=data)
+  single = lambda key: jax.tree.map(jnp.float32, init(key))
+  weights = jnp.ones(10, jnp.float32)
+  got = unrolled.differentiate(single, [made], [weights], KEY, measure)
+  assert got.start.params["w"].dtype == np.float32
+  train = runs.trainer(single, [made])
+  want = jax.jacrev(lambda w: measure(train([w], KEY)))(weights)
+  np.testing.assert_allclose(got.weights[0], want, rtol=0.02, atol=2e-3)
+
+
+class Killed(Exception):
+  """As by a scheduler."""
+
+
+@jax.enable_x64(False)  # as it holds for this thread, and not for Orbax's
+@pytest.mark.parametrize("saves", [2, 6, 8, 10])
+def test_a_killed_replay_is_taken_up(tmp_path, monkeypatch, saves):
+  names = "momentum", "adam"
+  data = [jax.tree.map(np.float32, dataset(n, n)) for n in (10, 7)]
+  stages = [
+    Stage(loss, d, OPTIMIZERS[name], 2, 4)
+    for name, d in zip(names, data, strict=True)
+  ]
+  args = init, stages, [jnp.ones(10), jnp.ones(7)], KEY
+  want = unrolled.differentiate(*args, measure)
+  folder, save, written = str(tmp_path / "replay"), unrolled.disk.save, []
+
+  def stopping(path, tree):
+    if len(written) == saves:
+      raise Killed
+    save(path, tree)
+    written.append(path)
+
+  monkeypatch.setattr(unrolled.disk, "save", stopping)
+  with pytest.raises(Killed):
+    unrolled.differentiate(*args, measure, directory=folder)
+  saves = 100
+  got = unrolled.differentiate(*args, measure, directory=folder)
+  assert len(written) == len(set(written)) + 3  # of the way back, by stage
+  for x, y in zip(got.weights, want.weights, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+  with pytest.raises(ValueError, match="other measurements"):
+    unrolled.differentiate(*args, lambda p: 2 * measure(p), directory=folder)
+  with pytest.raises(ValueError, match="another run: its weights differ"):
+    unrolled.differentiate(
+      init, stages, [jnp.ones(10), jnp.zeros(7)], KEY, measure, directory=folder
+    )
+
+
 def test_what_cannot_be_differentiated_is_said():
   data = dataset(10) | {"x": np.zeros((10, 3))}  # w has no gradient
   still = Stage(loss, data, optax.adam(0.02), 1, 4)
-  with pytest.raises(ValueError, match=r"stage 0 are not finite.*eps_root"):
+  with pytest.raises(
+    ValueError, match=r"stage 0 are not finite. scale_by_adam has.*eps_root"
+  ):
     unrolled.differentiate(init, [still], [jnp.ones(10)], KEY, measure)
   sound = stage("sgd")
   with pytest.raises(ValueError, match="levels=0"):

@@ -6,16 +6,14 @@
 The derivative of any measurements of the final parameters in the weight of
 every example, through every step of any differentiable optax chain, equal to
 automatic differentiation of the run (Ilyas and Engstrom 2025, MAGIC; Engstrom
-et al. 2025, REPLAY). A step s_{k+1} = h_k(s_k, w) is linearised once, and its
-transpose is applied to the cotangents of all measurements together:
+et al. 2025, REPLAY), for all measurements in one replay (`tda.replay`).
 
-    A_k = A_{k+1} ∂h_k/∂s_k,    ∂m/∂w += A_{k+1} ∂h_k/∂w,    A_T = ∂m/∂s_T.
-
-Memory. States are needed from the last to the first. Steps are grouped in a
-tree of `levels` levels and equal arity k ≈ T^(1/levels), the last level padded
-with steps that do nothing: a level keeps k states, and replays what lies below
-it. Device memory is levels · k states, the work `levels` forward passes and a
-backward one: 1 level keeps all T states, 2 keep 2 √T.
+Memory. A stage of T steps is a tree of `levels` levels and arity
+k ≈ T^(1/levels), which keeps k states on each of them. The top level's are on
+disk if there is a directory, and then a run that was stopped is taken up from
+the last that was written, on the way back as on the way forth. On the device
+are levels · k states, and the work is `levels` forward passes and a backward
+one: 1 level keeps all T states, 2 keep 2 √T.
 
 The run's state at the start is an input like any other: `start` has its
 cotangent. A learning rate that the optimizer keeps in its state
@@ -24,21 +22,23 @@ cotangent. A learning rate that the optimizer keeps in its state
 Notation: Q measurements, N examples of a stage, T steps of a stage.
 """
 
-import dataclasses
 import functools
-import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import tqdm
+from jax.sharding import Mesh
 
-from tda import runs
+from tda import checkpoints as disk
+from tda import meshes, records, replay, runs, smoothness
+from tda.replay import Walk
 from tda.runs import Stage
 from tda.scores import CHANGE, Scores
-from tda.trajectory import Init, State, Trajectory
+from tda.trajectory import Init, State
 
 Array = jax.Array
 PyTree = Any
@@ -50,19 +50,20 @@ class Derivative(NamedTuple):
 
   Attributes:
     value: the measurements [Q].
-    weights: by stage, derivatives in the weights of its examples [Q, N].
+    weights: by stage, derivatives in the weights of its examples [Q, N, ...].
     start: derivatives in the floating leaves of the state that the run begins
       with, leaves [Q, ...]; None in place of others.
   """
 
-  value: Array
-  weights: list[Array]
+  value: np.ndarray
+  weights: list[np.ndarray]
   start: State
 
   def scores(self, stage: int = 0) -> Scores:
     """The predicted change of each measurement when an example is left out."""
-    values = -np.asarray(self.weights[stage]).T
-    return Scores(values, "unrolled", CHANGE, 1)
+    slopes = self.weights[stage]
+    slopes = slopes.reshape(*slopes.shape[:2], -1).sum(axis=2)
+    return Scores(-slopes.T, "unrolled", CHANGE, 1)
 
 
 def differentiate(
@@ -73,187 +74,162 @@ def differentiate(
   measure: Measure,
   *,
   levels: int = 2,
+  mesh: Mesh | None = None,
+  directory: str | None = None,
+  label: str | None = None,
 ) -> Derivative:
   """Derivatives of measurements of a run's final parameters.
 
   Args:
     init: key -> params.
     stages: of the run, in order.
-    weights: an array [N] for each stage. In an example of weight 0, which takes
-      no part, the derivative is 0.
+    weights: an array [N], or [N, ...] for a loss of several values, for each
+      stage. In an example that is left out the derivative is 0.
     key: as of `runs.trainer`.
     measure: params -> [Q].
     levels: of the tree of states that are kept, 1 or more.
+    mesh: whose "data" axis batches are spread over, and whose "model" axis
+      measurements are.
+    directory: keeps the top level of the tree, and how far the replay came.
+    label: of the progress bar; None shows none.
 
   Raises:
-    ValueError: levels below 1, weights of other lengths, or derivatives that
-      are not finite.
+    ValueError: levels below 1, weights of other lengths, a directory of another
+      run, an optimizer of which a part has no derivative, by name, or
+      derivatives that are not finite.
   """
   if levels < 1:
     raise ValueError(f"levels={levels}: a run is kept in 1 level or more")
-  walks = [*_walks(init, stages, weights, key)]
-  begun, state = [], State(init(jax.random.split(key)[0]), ())
-  for walk in walks:
-    state = walk.enter(state.params)
-    begun.append(state)
-    state = jax.jit(_Walk.forward)(walk, state)
-  value, pull = jax.vjp(measure, state.params)
-  cotangents = jax.vmap(pull)(jnp.eye(value.shape[0], dtype=value.dtype))[0]
-  found: list[Array] = []
-  for i, (walk, state) in enumerate(zip(walks[::-1], begun[::-1], strict=True)):
-    run = jax.jit(_Walk.backward, static_argnames="levels")
-    after, slopes = run(walk, state, cotangents, levels=levels)
-    found.insert(0, slopes)
-    if i < len(walks) - 1:
-      cotangents = jax.jit(_Walk.leave)(walk, state.params, after)
-  first = _full(begun[0], after)
-  _check_finite(found, walks)
-  return Derivative(value, found, first)
+  walked = replay.walks(init, [*stages], [*weights], key, mesh)
+  trees = [replay.tree(orders, levels) for _, orders in walked]
+  params = meshes.replicate(init(jax.random.split(key)[0]), mesh)
+  for i, stage in enumerate(stages):
+    smoothness.check(stage.optimizer, params, f"stage {i}")
+  record = runs.record(init, stages, weights, key) | {"levels": levels}
+  kept = _Kept(directory, record)
+  total = 2 * sum(len(tree) for tree in trees)
+  forward, backward = jax.jit(Walk.forward), jax.jit(Walk.backward)
+  with tqdm.tqdm(
+    total=total, desc=label, unit="part", disable=not label
+  ) as bar:
+    for i, (walk, _) in enumerate(walked):
+      state = jax.jit(Walk.enter)(walk, params)
+      kept.first(i, state)
+      for j, part in enumerate(trees[i]):
+        ahead = functools.partial(forward, walk, state, part)
+        state = kept.state(i, j + 1, state, ahead)
+        bar.update()
+      params = state.params
+    value, pull = jax.vjp(measure, params)
+    kept.measured(value)
+    after = _cotangents(value, pull, mesh)
+    slopes: list[np.ndarray] = []
+    for i, (walk, _) in reversed([*enumerate(walked)]):
+      begun = kept.begun[i]
+      blank = _begun(walk, begun, after)
+      carry, left = kept.carry(i, blank, len(trees[i]))
+      bar.update(len(trees[i]) - left)
+      for j in reversed(range(left)):
+        carry = backward(walk, kept.state(i, j, begun), carry, trees[i][j])
+        kept.save(i, carry, j)
+        bar.update()
+      slopes.insert(0, meshes.fetch(carry[1])[: len(value)])
+      after = jax.jit(Walk.leave)(walk, begun.params, carry[0])
+  _check_finite(slopes, stages, params)
+  ends = [meshes.fetch(x)[: len(value)] for x in carry[0]]
+  start = replay.joined(ends, kept.begun[0], lambda x: None)
+  return Derivative(meshes.fetch(value), slopes, start)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("data", "weights", "orders"),
-  meta_fields=("parts", "optimizer"),
-)
-@dataclasses.dataclass(frozen=True)
-class _Walk:
-  """A stage, with the order of its batches."""
+def _cotangents(value: Array, pull: Callable, mesh: Mesh | None) -> PyTree:
+  """Of each measurement alone, their number filled up to the mesh's."""
+  lead = value.shape[0]
+  lead += -lead % (1 if mesh is None else mesh.shape["model"])
+  each = jnp.eye(lead, value.shape[0], dtype=value.dtype)
+  return jax.vmap(pull)(meshes.replicate(np.asarray(each), mesh))[0]
 
-  parts: Trajectory
-  optimizer: optax.GradientTransformation
-  data: PyTree
-  weights: Array
-  orders: Array  # [T, B]
 
-  def enter(self, params: PyTree) -> State:
-    """The state that the stage begins with."""
-    return State(params, self.optimizer.init(params))
+def _begun(walk: Walk, end: State, after: PyTree) -> replay.Carry:
+  """What the way back through a stage begins with."""
+  leaves = jax.tree.leaves(after)
+  lead = leaves[0].shape[0]
+  blank = lambda x: jnp.zeros((lead, *x.shape), x.dtype)
+  others = [blank(x) for x in replay.floats(end._replace(params=()))]
+  return [*leaves, *others], blank(walk.weights)
 
-  def leave(self, params: PyTree, cotangents: list[Array]) -> PyTree:
-    """Cotangents of the state that a stage begins with, as of its params."""
-    _, pull = jax.vjp(lambda p: _floats(self.enter(p)), params)
-    return jax.vmap(pull)(cotangents)[0]
 
-  def step(
-    self, floats: list[Array], rest: PyTree, weights_B: Array, batch: Array
+class _Kept:
+  """States by stage and part, and the way back: on disk, or in memory."""
+
+  def __init__(self, directory: str | None, record: dict[str, Any]):
+    self.path = directory and pathlib.Path(directory)
+    if self.path:
+      records.belongs(self.path, record)
+    self.begun: list[State] = []
+    self.states: dict[tuple[int, int], State] = {}
+
+  def first(self, stage: int, state: State) -> None:
+    """The state that a stage begins with."""
+    self.begun.append(state)
+    self.states[stage, 0] = state
+
+  def state(
+    self, stage: int, part: int, like: State, compute: Callable | None = None
   ) -> State:
-    """A step as a function of what it can be differentiated in."""
-    index = jnp.maximum(batch, 0)
-    rows = jax.tree.map(lambda x: jnp.asarray(x)[index], self.data)
-    local = jnp.where(batch >= 0, jnp.arange(batch.size), -1)
-    state = _joined(floats, rest)
-    return self.parts.step(state, rows, weights_B, local)
+    """A state that was kept, or one that is computed and kept."""
+    if (stage, part) in self.states:
+      return self.states[stage, part]
+    folder = self._folder(f"state_{stage}_{part}")
+    if folder and disk.exists(folder):
+      return disk.load(folder, like)
+    assert compute is not None
+    state = compute()
+    if folder:
+      disk.save(folder, state)
+    else:
+      self.states[stage, part] = state
+    return state
 
-  def forward(self, state: State) -> State:
-    return _scanned(self._plain, state, self.orders)
+  def measured(self, value: Array) -> None:
+    """Refuses the directory of other measurements."""
+    folder = self._folder("value")
+    if folder and disk.exists(folder):
+      there = disk.load(folder, value)
+      if not np.allclose(there, value, rtol=1e-3):
+        raise ValueError(
+          f"{self.path} holds the replay of other measurements, or of another"
+          " run: their values differ. Give this one another directory"
+        )
+    elif folder:
+      disk.save(folder, value)
 
-  def _plain(self, state: State, batch: Array) -> State:
-    weights_B = self.weights[jnp.maximum(batch, 0)]
-    return self.step(_floats(state), state, weights_B, batch)
+  def carry(
+    self, stage: int, begun: replay.Carry, parts: int
+  ) -> tuple[replay.Carry, int]:
+    """How far the way back through a stage came, and the parts left of it."""
+    folder = self._folder(f"back_{stage}")
+    if not (folder and disk.exists(folder)):
+      return begun, parts
+    carry, left = disk.load(folder, (begun, jnp.int32(parts)))
+    return carry, int(meshes.fetch(left))
 
-  def backward(
-    self, state: State, cotangents: PyTree, *, levels: int
-  ) -> tuple[list[Array], Array]:
-    """Cotangents [Q, ...] of the floats it begins with, and slopes [Q, N]."""
-    end = jax.eval_shape(self.forward, state)
-    lead = jax.tree.leaves(cotangents)[0].shape[0]
-    after = [
-      jnp.zeros((lead, *x.shape), x.dtype)
-      for x in _floats(end._replace(params=()))
-    ]
-    after = [*jax.tree.leaves(cotangents), *after]
-    total, width = self.orders.shape
-    arity = max(2, math.ceil(total ** (1 / levels))) if total > 1 else 1
-    while arity**levels < total:
-      arity += 1
-    filler = jnp.full((arity**levels - total, width), -1, self.orders.dtype)
-    orders = jnp.concatenate([self.orders, filler])
-    orders = orders.reshape(*[arity] * levels, width)
-    slopes = jnp.zeros((lead, self.weights.size), self.weights.dtype)
-    return self._back(state, (after, slopes), orders)
+  def save(self, stage: int, carry: replay.Carry, left: int) -> None:
+    """Keeps how far the way back came."""
+    if folder := self._folder(f"back_{stage}"):
+      disk.save(folder, (carry, jnp.int32(left)))
 
-  def _back(self, state: State, carry: Any, orders: Array) -> Any:
-    """Backwards through the steps of a part of the tree [k, ..., k, B]."""
-    if orders.ndim == 1:
-      return self._transposed(state, carry, orders)
-
-    def forth(state, part):
-      flat = part.reshape(-1, part.shape[-1])
-      return _scanned(self._plain, state, flat), state
-
-    def back(carry, kept):
-      return self._back(kept[0], carry, kept[1]), None
-
-    _, states = jax.lax.scan(forth, state, orders)
-    return jax.lax.scan(back, carry, (states, orders), reverse=True)[0]
-
-  def _transposed(self, state: State, carry: Any, batch: Array) -> Any:
-    after, slopes = carry
-    index = jnp.maximum(batch, 0)
-    _, pull = jax.vjp(
-      lambda x, w: _floats(self.step(x, state, w, batch)),
-      _floats(state),
-      self.weights[index],
-    )
-    before, slopes_B = jax.vmap(pull)(after)
-    # A step that does nothing is the identity, whatever its derivative is.
-    taken = batch[0] >= 0
-    before = [
-      jnp.where(taken, x, y) for x, y in zip(before, after, strict=True)
-    ]
-    slopes_B = jnp.where((batch >= 0)[None], slopes_B, 0)
-    return before, slopes.at[:, index].add(slopes_B)
+  def _folder(self, name: str) -> str | None:
+    return str(self.path / name) if self.path else None
 
 
-def _walks(init, stages, weights, key):
-  runs.check_weights(stages, weights)
-  order_key = jax.random.split(key)[1]
-  parts = runs.trajectories(init, stages)
-  for i, (stage, part) in enumerate(zip(stages, parts, strict=True)):
-    w = jnp.asarray(weights[i])
-    orders = runs.orders(part, w, runs.stage_key(order_key, i))
-    data = jax.tree.map(jnp.asarray, stage.data)
-    yield _Walk(part, stage.optimizer, data, w, orders)
-
-
-def _scanned(step: Callable, state: State, orders: Array) -> State:
-  return jax.lax.scan(lambda s, b: (step(s, b), None), state, orders)[0]
-
-
-def _floating(x: Any) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _floats(state: State) -> list[Array]:
-  """What can be differentiated of a state, parameters first."""
-  return [x for x in jax.tree.leaves(state) if _floating(x)]
-
-
-def _joined(floats: list[Array], like: State) -> State:
-  """The state with its floating leaves replaced."""
-  leaves, treedef = jax.tree.flatten(like)
-  given = iter(floats)
-  return jax.tree.unflatten(
-    treedef, [next(given) if _floating(x) else x for x in leaves]
-  )
-
-
-def _full(like: State, cotangents: list[Array]) -> State:
-  leaves, treedef = jax.tree.flatten(like)
-  given = iter(cotangents)
-  return jax.tree.unflatten(
-    treedef, [next(given) if _floating(x) else None for x in leaves]
-  )
-
-
-def _check_finite(found: list[Array], walks: list[_Walk]) -> None:
+def _check_finite(
+  found: Sequence[np.ndarray], stages: Sequence[Stage], params: PyTree
+) -> None:
   for i, slopes in enumerate(found):
-    bad = ~jnp.isfinite(slopes)
+    bad = ~np.isfinite(slopes)
     if bad.any():
       raise ValueError(
         f"{int(bad.sum())} of {bad.size} derivatives in the weights of stage"
-        f" {i} are not finite. Its optimizer, or the loss, has no derivative"
-        " somewhere on the way: Adam's square root has none where a gradient is"
-        " exactly 0, unless eps_root is above 0"
+        f" {i} are not finite. "
+        + smoothness.explained(stages[i].optimizer, params)
       )

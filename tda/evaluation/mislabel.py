@@ -206,7 +206,7 @@ def at(found: Array | np.ndarray, inspected: ArrayLike) -> Array:
   return jnp.interp(inspected, place, found)
 
 
-def _steps(batch: int, epochs: int, n: int, size: int | None) -> dict[str, int]:
+def _steps(batch: int, epochs: int, n: int, size: int | None) -> dict[str, Any]:
   """Batches and epochs of a run that keeps `size` of n examples."""
   size = n if size is None else size
   goal = trajectory.steps(n, batch, epochs)
