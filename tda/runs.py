@@ -11,8 +11,10 @@ run, momentum included, as it was and not as a config says. It is measured: the
 run is told that every gradient were g + ε d, with d of random signs, and what
 that moves the parameters by, curvature left aside, is −ε c d for an optimizer
 that scales gradients. c grows by η / (1 − m) a step once momentum m has built
-up. An optimizer that scales entries differently, such as Adam, moves them by
-other multiples of d, and `Checkpoint.spread` says by how much.
+up. An optimizer that scales entries differently, such as Adam, moves each by
+a multiple of its own: `Checkpoint.rates` has them, and `spread` says how much
+they differ. An entry whose update has no derivative, as Adam's where gradients
+have always been 0, is taken not to move.
 
 Notation: N examples of a stage, S steps, B slots of a batch.
 """
@@ -70,15 +72,18 @@ class Checkpoint(NamedTuple):
     stage: the stage that the last of them belongs to.
     params: the parameters then.
     opt_state: the optimizer's state then.
-    rate: c of the steps since the stage began, as the module defines it.
-    spread: standard deviation over entries of what they moved by, relative to
-      the mean; 0 where the optimizer scales gradients.
+    rates: c of the steps since the stage began, as the module defines it, of
+      every entry of the parameters.
+    rate: its mean.
+    spread: its standard deviation relative to the mean; 0 where the optimizer
+      scales gradients.
   """
 
   step: int
   stage: int
   params: PyTree
   opt_state: PyTree
+  rates: PyTree
   rate: float
   spread: float
 
@@ -270,7 +275,7 @@ def _advance(
     following = _Walk(
       State(optax.apply_updates(state.params, updates), opt_state),
       [x for x in jax.tree.leaves(tangent) if x.dtype != jax.dtypes.float0],
-      jax.tree.map(jnp.add, walk.moved, pushed),
+      jax.tree.map(_added, walk.moved, pushed),
     )
     keep = batch[0] >= 0
     return jax.tree.map(
@@ -278,6 +283,10 @@ def _advance(
     )
 
   return jax.lax.fori_loop(begin, end, body, walk)
+
+
+def _added(moved: Array, pushed: Array) -> Array:
+  return moved + jnp.where(jnp.isfinite(pushed), pushed, 0)
 
 
 def _signs(like: PyTree) -> PyTree:
@@ -289,14 +298,12 @@ def _signs(like: PyTree) -> PyTree:
 
 
 def _checkpoint(step: int, stage: int, walk: _Walk) -> Checkpoint:
-  signs = jax.tree.leaves(_signs(walk.state.params))
-  moved = jax.tree.leaves(walk.moved)
-  each = jnp.concatenate(
-    [-(m * d).ravel() for m, d in zip(moved, signs, strict=True)]
-  )
+  signs = _signs(walk.state.params)
+  rates = jax.tree.map(lambda m, d: -m * d, walk.moved, signs)
+  each = jnp.concatenate([x.ravel() for x in jax.tree.leaves(rates)])
   rate, deviation = float(each.mean()), float(each.std())
   spread = deviation / abs(rate) if rate else np.inf
-  return Checkpoint(step, stage, *walk.state, rate, spread)
+  return Checkpoint(step, stage, *walk.state, rates, rate, spread)
 
 
 class _Folders:

@@ -14,7 +14,7 @@ from tda.attribution.source import Segment
 from tda.curvature import fitting
 from tda.inverse import spectral
 from tda.likelihoods import Objective
-from tda.runs import Checkpoint, Stage
+from tda.runs import Stage
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,12 +43,28 @@ def init(key):
   return {"w": jnp.zeros((4, 1))}
 
 
-def test_two_stages_of_a_quadratic_follow_the_exact_recursion():
+def by_entry(rates):
+  """Descent with a rate for each of the four inputs, or the same."""
+  if len(rates) == 1:
+    return optax.sgd(rates[0])
+  scale = lambda g, p: {"w": -jnp.asarray(rates)[:, None] * g["w"]}
+  return optax.stateless(scale)
+
+
+@pytest.mark.parametrize(
+  "rates",
+  [
+    ((2e-3,), (1e-3,)),
+    ((2e-3, 1e-3, 5e-4, 3e-3), (1e-3, 2e-3, 4e-4, 1e-3)),
+    ((2e-3,), (1e-3, 2e-3, 4e-4, 1e-3)),
+  ],
+)
+def test_two_stages_of_a_quadratic_follow_the_exact_recursion(rates):
   """Derivatives of the run itself in the weight of the last example."""
   data = [regression(0), regression(1)]
   stages = [
-    Stage(LINEAR.loss, d, optax.sgd(rate), epochs, 6)
-    for d, rate, epochs in zip(data, (2e-3, 1e-3), (300, 400), strict=True)
+    Stage(LINEAR.loss, d, by_entry(rate), epochs, 6)
+    for d, rate, epochs in zip(data, rates, (300, 400), strict=True)
   ]
   queries = {"x": np.eye(4), "y": np.ones((4, 1))}
   train = jax.jit(runs.trainer(init, stages))
@@ -62,7 +78,8 @@ def test_two_stages_of_a_quadratic_follow_the_exact_recursion():
   ends = np.cumsum(runs.lengths(stages))
   points = runs.checkpoints(init, stages, ones, KEY, list(ends))
   parts = source.segments(stages, points, 1)
-  assert [round(p.rate, 9) for p in parts] == [0.6, 0.4]
+  assert parts[0].rate == pytest.approx(300 * np.mean(rates[0]))
+  assert [part.rates is None for part in parts] == [len(r) == 1 for r in rates]
   found = blocks.trace(LINEAR.outputs, init(KEY), streams.example(data[0]))
   score = source.scorer(found, LINEAR, labels="exact")
   scores = score(parts, data, queries)
@@ -153,9 +170,67 @@ def test_segments_share_the_checkpoints_and_the_rate():
     source.segments(stages, points[:3], 1)
   with pytest.raises(ValueError, match="is of step None"):
     source.segments(stages, [], 1)
-  adam = Checkpoint(16, 0, points[-1].params, (), 1.0, 0.4)
-  with pytest.raises(ValueError, match=r"spread 0\.4 of the mean"):
-    source.segments(stages, [adam], 1)
+
+
+@pytest.mark.parametrize("model", ["tanh", "mixed"])
+def test_scaled_effects_are_those_of_dense_matrices(model):
+  """exp(−H P), and (I − exp(−P H)) H⁻¹, of the H that EK-FAC stands for."""
+  p = oracles.problem(model)
+  fit = fitting.fitter(p.found, p.objective, methods=["ekfac"], labels="exact")
+  keys = iter(jax.random.split(KEY, 2 * len(p.found.blocks)))
+  draw = lambda shape: jax.random.uniform(next(keys), shape, minval=0.5)
+  scales = {
+    k: (
+      draw((*b.stack, b.shape[0], b.shape[2])),
+      draw((*b.stack, b.shape[0], b.shape[1])),
+    )
+    for k, b in p.found.blocks.items()
+  }
+  curvature = fit(p.params, p.data, scales=scales)["ekfac"]
+  shapes = {k: (*b.stack, *b.shape) for k, b in p.found.blocks.items()}
+
+  def dense(operator, name):
+    size = int(np.prod(shapes[name]))
+    unit = {k: jnp.zeros((size, *shape)) for k, shape in shapes.items()}
+    unit[name] = jnp.eye(size).reshape(size, *shapes[name])
+    return np.asarray(operator(unit)[name]).reshape(size, size).T
+
+  whole = source._response(curvature, lambda x: x, scales)
+  for name, (inputs, outputs) in scales.items():
+    p_half = (outputs[..., :, None] * inputs[..., None, :]).ravel()
+    rates = np.asarray(p_half**2)
+    h = dense(whole, name) / rates[:, None] / rates[None]
+    h = 1e3 * h / np.trace(h) if np.trace(h) > 1e3 else h
+    left = dense(source.survival(curvature, 1.0, scales=scales), name)
+    want = jax.scipy.linalg.expm(-h * rates[None])
+    np.testing.assert_allclose(left, want, rtol=1e-7, atol=1e-9)
+    grown = dense(source.generation(curvature, 1.0, scales=scales), name)
+    np.testing.assert_allclose(
+      grown @ h, np.eye(len(h)) - want.T, rtol=1e-7, atol=1e-9
+    )
+
+
+def test_equal_rates_are_one_rate():
+  p, _ = fitted()
+  run = source.scorer(p.found, p.objective, labels="exact")
+  plain = [Segment((p.params,), rate, 0) for rate in (2.0, 3.0)]
+  each = [
+    s._replace(rates=jax.tree.map(lambda x, c=s.rate: x * 0 + c, p.params))
+    for s in plain
+  ]
+  want, got = (
+    run(parts, [p.data], p.data)[0].values for parts in (plain, each)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8 * abs(want).max())
+
+
+def test_scales_of_rates_of_rank_one_are_exact():
+  rng = np.random.default_rng(0)
+  c = rng.uniform(size=(2, 1, 3, 1)) * rng.uniform(size=(2, 1, 1, 4))
+  c[0, 0, :, 1] = 0  # an input whose gradients are always 0
+  inputs, outputs = source.rank_one({"w": c})["w"]
+  product = outputs[..., :, None] * inputs[..., None, :]
+  np.testing.assert_allclose(product**2, c, rtol=1e-6)
 
 
 def test_a_curvature_of_several_parameters_is_their_mean():

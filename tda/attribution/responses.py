@@ -52,6 +52,20 @@ class Cosine:
 
 
 @functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("factors",), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """Every coordinate times a factor of its own, [*stack, G, O, I] by block."""
+
+  factors: Blocks
+
+  def __call__(self, blocks: Blocks) -> Blocks:
+    """The products."""
+    return {name: v * self.factors[name][None] for name, v in blocks.items()}
+
+
+@functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("operators",),
   meta_fields=("labels",),

@@ -19,9 +19,21 @@ segment of a long run is influence with damping near 1/c; a short one is TracIn.
 With several stages of data an example belongs to one of them: it is scored by
 that stage's segments, and the later ones carry its effect to the end.
 
+An optimizer that gives every entry a rate of its own, as Adam, steps by c ∘ g.
+With P = diag(c), in the coordinates P^(−1/2) θ, that is plain descent on
+H' = P^(1/2) H P^(1/2), so that
+
+    u_ℓ = P^(1/2) (I − exp(−H')) H'⁻¹ P^(1/2) v_ℓ,
+    v_{ℓ−1} = P^(−1/2) exp(−H') P^(1/2) v_ℓ = exp(−H P) v_ℓ.
+
+P of a block is taken to be of rank one, as Adafactor does: then the scaled
+gradients are outer products too, and EK-FAC is fitted to H' as it is to H.
+
 Where this departs from the paper. c is measured on the run, not read off a
-config. Weight decay λ, which the optimizer applies and the loss does not have,
-can be added to the eigenvalues. Parameters that no block tracks are not moved.
+config, and what Adam's moments do with a perturbation is in it. The paper's
+Adam keeps a diagonal of H P for the exponential, and inverts H itself. Weight
+decay λ, which the optimizer applies and the loss does not have, can be added to
+the eigenvalues. Parameters that no block tracks are not moved.
 
 Notation: N examples of a stage, Q queries, L segments.
 """
@@ -34,12 +46,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import runs
+from tda import blocks, runs
 from tda.attribution import influence
-from tda.attribution.responses import Chain
-from tda.blocks import Trace
+from tda.attribution.responses import Chain, Operator, Scaled
+from tda.blocks import Blocks, Trace
 from tda.curvature import fitting
-from tda.curvature.kronecker import Curvature
+from tda.curvature.kronecker import Curvature, Scales
 from tda.curvature.labels import Labels
 from tda.inverse import spectral
 from tda.likelihoods import Loss, Objective
@@ -58,11 +70,13 @@ class Segment(NamedTuple):
     params: at its checkpoints.
     rate: c, the learning rates that were applied in it.
     stage: which data it saw.
+    rates: c of every entry where they differ, else None.
   """
 
   params: tuple[PyTree, ...]
   rate: float
   stage: int
+  rates: PyTree = None
 
 
 def segments(
@@ -76,8 +90,8 @@ def segments(
     count: segments of each stage, each of about as many checkpoints.
 
   Raises:
-    ValueError: checkpoints that do not cover the run, fewer of them than
-      segments, or an optimizer that does not scale gradients.
+    ValueError: checkpoints that do not cover the run, or fewer of them than
+      segments.
   """
   ends = np.cumsum(runs.lengths(stages))
   found = []
@@ -94,18 +108,15 @@ def segments(
         f"{count} segments of {len(mine)} checkpoints in stage {i}: each needs"
         " one or more"
       )
-    if mine[-1].spread > SPREAD:
-      raise ValueError(
-        f"the optimizer of stage {i} moves entries by different multiples of"
-        f" their gradients (spread {mine[-1].spread:.2g} of the mean), which"
-        " one rate c cannot describe"
-      )
-    begun = 0.0
+    alike = mine[-1].spread <= SPREAD
+    begun, begun_rates = 0.0, jax.tree.map(jnp.zeros_like, mine[-1].rates)
     for part in np.array_split(np.arange(len(mine)), count):
       last = mine[part[-1]]
       params = tuple(mine[k].params for k in part)
-      found.append(Segment(params, last.rate - begun, i))
-      begun = last.rate
+      rates = jax.tree.map(jnp.subtract, last.rates, begun_rates)
+      segment = Segment(params, last.rate - begun, i, None if alike else rates)
+      found.append(segment)
+      begun, begun_rates = last.rate, last.rates
   return found
 
 
@@ -132,7 +143,8 @@ def scorer(
     measurement: m(params, query) -> scalar; the loss unless given.
     labels: of the curvatures: "sampled" as in the paper, "exact" or
       "empirical".
-    weight_decay: λ of an optimizer that adds λ θ to the gradient.
+    weight_decay: λ of an optimizer that adds λ θ to the gradient, and gives all
+      entries one rate.
     query_batch: queries held at a time, as in `influence.scorer`.
 
   Returns:
@@ -148,19 +160,24 @@ def scorer(
 
   def run(segments, data, queries, *, params=None, key=None, loop=Loop()):
     end = segments[-1].params[-1] if params is None else params
-    later: tuple[spectral.Response, ...] = ()
+    later: tuple[Operator, ...] = ()
     total: dict[int, Scores] = {}
     for i, segment in reversed([*enumerate(segments)]):
       stage = loop.stage(f"segment {i + 1}")
+      scales = None
+      if segment.rates is not None:
+        scales = rank_one(blocks.to_blocks(found, segment.rates))
       curvature = fit(
         segment.params[0],
         data[segment.stage],
         others=segment.params[1:],
+        scales=scales,
         key=None if key is None else jax.random.fold_in(key, i),
         loop=stage,
       )["ekfac"]
+      rate = segment.rate if scales is None else 1.0
       generated = Chain(
-        (*later, generation(curvature, segment.rate, weight_decay)),
+        (*later, generation(curvature, rate, weight_decay, scales)),
         curvature.labels,
       )
       for j, point in enumerate(segment.params):
@@ -177,29 +194,78 @@ def scorer(
         total[segment.stage] = scores._replace(
           values=values if before is None else before.values + values
         )
-      later = (*later, survival(curvature, segment.rate, weight_decay))
+      later = (*later, survival(curvature, rate, weight_decay, scales))
     return dict(sorted(total.items()))
 
   return run
 
 
 def survival(
-  curvature: Curvature, rate: float, weight_decay: float = 0.0
-) -> spectral.Response:
+  curvature: Curvature,
+  rate: float,
+  weight_decay: float = 0.0,
+  scales: Scales | None = None,
+) -> Operator:
   """exp(−c (H + λ)): what is left of a perturbation after a segment."""
-  return spectral.response(
-    curvature, lambda x: jnp.exp(-rate * (jnp.maximum(x, 0) + weight_decay))
-  )
+  left = lambda x: jnp.exp(-rate * (jnp.maximum(x, 0) + weight_decay))
+  applied = _response(curvature, left, scales)
+  if scales is None:
+    return applied
+  inverse = {}
+  for name, (inputs, outputs) in scales.items():
+    p = (outputs[..., :, None] * inputs[..., None, :]) ** 2
+    # An entry that does not move keeps its perturbation; its gradients are 0.
+    inverse[name] = jnp.where(p > 0, 1 / jnp.where(p > 0, p, 1), 0)
+  return Chain((applied, Scaled(inverse)))
 
 
 def generation(
-  curvature: Curvature, rate: float, weight_decay: float = 0.0
+  curvature: Curvature,
+  rate: float,
+  weight_decay: float = 0.0,
+  scales: Scales | None = None,
 ) -> spectral.Response:
   """(I − exp(−c (H + λ))) (H + λ)⁻¹, which is c where H + λ is 0."""
-  return spectral.response(
-    curvature,
-    functools.partial(_generated, rate=rate, weight_decay=weight_decay),
-  )
+  grown = functools.partial(_generated, rate=rate, weight_decay=weight_decay)
+  return _response(curvature, grown, scales)
+
+
+def rank_one(rates: Blocks) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Scales of inputs and outputs whose squared products are near the rates.
+
+  Products of the sums of rows and of columns (Shazeer and Stern 2018), exact
+  where the rates of a group are of rank one. Negative ones count as 0.
+  """
+
+  def factored(c):
+    c = jnp.maximum(c, 0)
+    inputs, outputs = c.mean(axis=-2), c.mean(axis=-1)
+    mean = inputs.mean(axis=-1, keepdims=True)
+    inputs = inputs / jnp.where(mean > 0, mean, 1)
+    return jnp.sqrt(inputs), jnp.sqrt(outputs)
+
+  return {name: factored(c) for name, c in rates.items()}
+
+
+def _response(
+  curvature: Curvature,
+  function: Callable[[jax.Array], jax.Array],
+  scales: Scales | None,
+) -> spectral.Response:
+  """A function of the curvature, in scaled coordinates if there are scales."""
+  if scales is None:
+    return spectral.response(curvature, function)
+  weights = {}
+  for name, values in curvature.eigenvalues.items():
+    (inputs, outputs), basis = scales[name], curvature.basis[name]
+    # Sides with a basis have their scale in it.
+    p = jnp.ones_like(values)
+    if basis.inputs is None:
+      p = p * inputs[..., None, :] ** 2
+    if basis.outputs is None:
+      p = p * outputs[..., :, None] ** 2
+    weights[name] = function(values * p) * p
+  return spectral.Response(curvature.basis, weights, None, curvature.labels)
 
 
 def _generated(x: jax.Array, rate: float, weight_decay: float) -> jax.Array:

@@ -2,7 +2,8 @@
 
     τ = Σ_k c_k ⟨∇m(θ_k), ∇ℓ(θ_k)⟩ / N
 
-over the checkpoints k of a run, with c_k = Σ η since the checkpoint before
+over the checkpoints k of a run, with c_k = Σ η since the checkpoint before, of
+every entry where an optimizer gives them rates of their own
 (Pruthi et al. 2020, TracInCP, whose weight is η alone and whose sum has no 1/N;
 with these a score is the predicted change of the measurement when the example
 is left out). SOURCE in the limit of many short segments, but for the query's
@@ -11,10 +12,13 @@ gradient, which is taken along the run and not carried back through it.
 
 from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from tda import blocks
 from tda.attribution import influence
-from tda.attribution.responses import Identity
+from tda.attribution.responses import Scaled
 from tda.blocks import Trace
 from tda.likelihoods import Loss, Objective
 from tda.runs import Checkpoint
@@ -51,14 +55,17 @@ def scorer(
     if not checkpoints:
       raise ValueError("TracIn needs one checkpoint or more")
     values: np.ndarray | float = 0.0
-    before = 0.0
+    before = jax.tree.map(
+      jnp.zeros_like, blocks.to_blocks(found, checkpoints[0].rates)
+    )
     for i, point in enumerate(checkpoints):
       stage = loop.stage(f"checkpoint {i + 1}")
-      responses = {"tracin": Identity()}
+      rates = blocks.to_blocks(found, point.rates)
+      since = Scaled(jax.tree.map(jnp.subtract, rates, before))
+      responses = {"tracin": since}
       scores = score(point.params, train, queries, responses, loop=stage)
-      rate = point.rate - before
-      values = values + rate * scores["tracin"].values
-      before = point.rate
+      values = values + scores["tracin"].values
+      before = rates
     return scores["tracin"]._replace(values=np.asarray(values))
 
   return run

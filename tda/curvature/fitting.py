@@ -33,11 +33,13 @@ def fitter(
     labels: "empirical", "exact", "sampled" or "sampled:K".
 
   Returns:
-    fit(params, data, *, others=(), key=None, loop=Loop()) -> {method:
-    Curvature}. Data is a pytree of arrays with leading axis N; the key is for
-    sampled labels, of which each pass draws its own; each pass saves in a
-    folder of its own. With other parameters the curvature is the mean over all
-    of them, in one basis. A second call compiles nothing again.
+    fit(params, data, *, others=(), scales=None, key=None, loop=Loop()) ->
+    {method: Curvature}. Data is a pytree of arrays with leading axis N; the key
+    is for sampled labels, of which each pass draws its own; each pass saves in
+    a folder of its own. With other parameters the curvature is the mean over
+    all of them, in one basis; given scales (`kronecker.eigenbasis`), which are
+    not for the diagonal, K-FAC's and EK-FAC's are of scaled coordinates. A
+    second call compiles nothing again.
   """
   unknown = set(methods) - set(METHODS)
   if unknown or not methods:
@@ -53,7 +55,7 @@ def fitter(
   moments_fold = fold(kronecker.MOMENTS)
   squares_fold = fold(kronecker.SQUARES)
 
-  def fit(params, data, *, others=(), key=None, loop=Loop()):
+  def fit(params, data, *, others=(), scales=None, key=None, loop=Loop()):
     if labels.kind == "sampled" and key is None:
       raise ValueError("sampled labels are drawn at random: give a key")
     keys = [None] * 3 if key is None else jax.random.split(key, 3)
@@ -84,7 +86,7 @@ def fitter(
     if "kfac" in methods or "ekfac" in methods:
       moments, total = summed(moments_fold, "covariances", None, keys[0])
       total = int(total)
-      basis, sides = kronecker.eigenbasis(moments)
+      basis, sides = kronecker.eigenbasis(moments, scales)
     if "kfac" in methods:
       values = kronecker.kfac_eigenvalues(moments, sides, total)
       fits["kfac"] = Curvature(basis, values, "kfac", labels, total)

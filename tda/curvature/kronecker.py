@@ -37,7 +37,11 @@ SIDES = ("inputs", "outputs")
 
 
 class Basis(NamedTuple):
-  """Columns are eigenvectors; None stands for the identity."""
+  """Columns are eigenvectors; None stands for the identity.
+
+  With scales they are eigenvectors in scaled coordinates, seen from the plain
+  ones, and no longer orthogonal.
+  """
 
   inputs: Array | None  # [*stack, G, I, I]
   outputs: Array | None  # [*stack, G, O, O]
@@ -89,14 +93,20 @@ SQUARES = taps.Statistic(
 """Squared per-example gradients in the operand's basis, or as they are."""
 
 
+Scales = Mapping[str, tuple[Array, Array]]
+"""Of inputs [*stack, G, I] and outputs [*stack, G, O], by block."""
+
+
 def eigenbasis(
-  moments: Mapping[str, Moments],
+  moments: Mapping[str, Moments], scales: Scales | None = None
 ) -> tuple[dict[str, Basis], dict[str, tuple[Array, Array]]]:
   """Eigenvectors of the moments by block, and the eigenvalues of each side.
 
   Blocks that keep only a diagonal on a side have the identity there. The
   eigenvalues are of the sums in `moments`, clipped at zero, [*stack, G, I] and
-  [*stack, G, O].
+  [*stack, G, O]. Given scales s the eigenvectors are q of diag(s) M diag(s),
+  and the columns diag(s) q: with them C is that of the coordinates θ / s. A
+  side that has the identity is not scaled.
 
   Raises:
     ValueError: a factor that is not finite, by block and side.
@@ -111,10 +121,17 @@ def eigenbasis(
     for side, x in zip(SIDES, pair, strict=True)
     if x.ndim > depth[name] + 2
   }
+  if scales is not None:
+    matrices = {k: _scale(x, _scale_of(k, scales)) for k, x in matrices.items()}
   found = jax.jit(_eigh)(matrices)
   for (name, side), (_, _, sound) in found.items():
     if not bool(sound):
       found[name, side] = _eigh_on_host(name, side, matrices[name, side])
+  if scales is not None:
+    found = {
+      k: (values, _scale_of(k, scales)[..., None] * vectors, sound)
+      for k, (values, vectors, sound) in found.items()
+    }
   bases, spectra = {}, {}
   for name, pair in sides.items():
     parts = [
@@ -141,6 +158,15 @@ def kfac_eigenvalues(
     ]
 
   return {name: product(name) for name in moments}
+
+
+def _scale_of(key: tuple[str, str], scales: Scales) -> Array:
+  name, side = key
+  return scales[name][SIDES.index(side)]
+
+
+def _scale(x: Array, s: Array) -> Array:
+  return s[..., :, None] * x * s[..., None, :]
 
 
 def _eigh(matrices: Mapping[Any, Array]) -> dict[Any, tuple]:
