@@ -1,6 +1,6 @@
 """What every experiment shares unless its config says otherwise.
 
-A config is flat; its fields are those of `tda.evaluation.problem.Setting`, and
+A config is flat; its fields are those of `tda.evaluation.settings.Setting`, and
 every field is also a flag, as --config.epochs=5.
 """
 
@@ -33,6 +33,9 @@ def new(name: str, **fields: object) -> ConfigDict:
   config.learning_rate = 0.03
   config.momentum = 0.9
   config.weight_decay = 1e-3
+  config.second_stage = ""  # "rotated" or "shifted" examples after the first
+  config.second_size = 0  # examples, taken out of the first stage
+  config.second_epochs = 0
 
   # Attribution.
   config.num_queries = 100  # the first of the test examples
@@ -53,13 +56,17 @@ def new(name: str, **fields: object) -> ConfigDict:
   config.fit_batch_size = 512  # examples, of every pass
   config.query_batch = 128  # queries held at a time
   config.solver_iterations = 100  # the most of cg, astra and lissa
-  config.checkpoints = 6  # of the run, for source, fast_source and tracin
-  config.segments = 3  # that source cuts them into
+  config.checkpoints = 6  # of each stage, for source, fast_source and tracin
+  config.segments = 3  # of each stage, that source cuts them into
+  config.trak_dimension = 512  # of its projections
+  config.ensemble = 1  # models whose scores are averaged, in rows of their own
 
   # Retraining: LDS takes subsets x seeds runs.
   config.subsets = 200
   config.subset_fraction = 0.5
   config.retrain_seeds = 3
+  config.masked = False  # what is left out keeps its place in the batches
+  config.same_seed = False  # every run repeats the attributed one's, but for it
 
   # Removal curves take methods x sizes x queries x seeds runs.
   config.removal_ks = (0, 20, 40, 80, 160)  # removed examples

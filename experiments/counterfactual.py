@@ -9,6 +9,7 @@ within the query's class, are the controls.
 """
 
 import dataclasses
+import re
 import time
 
 import jax
@@ -33,8 +34,7 @@ def main(_) -> None:
     setting, num_queries=count, sweep_labels=(), sweep_dampings=()
   )
   task = problem.build(only)
-  params = stages.trained(task, workdir)
-  rows = stages.attributed(task, params, workdir)
+  rows = stages.attributed(task, workdir)
   rankings = {name: row.scores for name, row in rows.items()}
   rankings |= controls(task)
   curves = {
@@ -73,7 +73,9 @@ def removed(
   """Retrains without the top examples of every query."""
   setting = task.setting
   keys = jax.random.split(task.key_for("removal"), setting.removal_seeds)
-  slug = name.replace(" ", "_")
+  if setting.same_seed:
+    keys = task.run_key()[None]
+  slug = re.sub("[^a-z0-9.]+", "_", name)
 
   def compute():
     return removal.curve(

@@ -7,8 +7,8 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from tda.evaluation import problem
-from tda.evaluation.problem import Setting
+from tda.evaluation import settings
+from tda.evaluation.settings import Setting
 from tda.evaluation.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,7 +27,7 @@ def setting() -> Setting:
   """The config file's setting with the flags' changes."""
   if _CONFIG.value is None:
     raise ValueError("give an experiment: --config=configs/digits_mlp.py")
-  chosen = problem.from_config(_CONFIG.value.to_dict())
+  chosen = settings.from_config(_CONFIG.value.to_dict())
   if _SEED.value is not None:
     chosen = dataclasses.replace(chosen, seed=_SEED.value)
   if _DATA_DIR.value is not None:

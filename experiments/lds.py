@@ -8,6 +8,7 @@ predicts what retraining does. A finished stage is read from --workdir, an
 interrupted one is taken up.
 """
 
+import re
 import time
 from collections.abc import Mapping
 
@@ -31,8 +32,7 @@ def main(_) -> None:
   setting = launch.setting()
   workdir = launch.workdir("lds", setting)
   task = problem.build(setting)
-  params = stages.trained(task, workdir)
-  rows = stages.attributed(task, params, workdir)
+  rows = stages.attributed(task, workdir)
   bank = stages.retrained(task, workdir)
 
   predicted = {
@@ -42,7 +42,11 @@ def main(_) -> None:
   per_query = {k: lds.lds(bank["value"], x) for k, x in predicted.items()}
   key = task.key_for("bootstrap")
   intervals = {k: lds.bootstrap(x, key) for k, x in per_query.items()}
-  ceiling = float(np.mean(lds.noise_ceiling(bank["value"])))
+  ceiling = (
+    1.0  # of one run and its repetitions, between which nothing is drawn
+  )
+  if not setting.same_seed:
+    ceiling = float(np.mean(lds.noise_ceiling(bank["value"])))
   with workdir.timed("figures"):
     _draw(task, workdir.path, rows, predicted, bank, intervals, ceiling)
   workdir.record("lds", {k: _numbers(x) for k, x in intervals.items()})
@@ -51,6 +55,8 @@ def main(_) -> None:
   workdir.record("seconds", {"total": total})
   table = [_row(k, rows[k], intervals[k]) for k in rows]
   print(tables.text(table, ceiling=ceiling))
+  if "metasmoothness" in workdir.metrics():
+    print(f"\nmetasmoothness {workdir.metrics()['metasmoothness']:.3f}")
   if setting.sweep_dampings:
     choices = _choices(task, rows, per_query)
     print("\nDamping chosen on every other query, LDS of the remaining ones")
@@ -92,9 +98,9 @@ def _choices(
   per_query: Mapping[str, np.ndarray],
 ) -> list[lds.Choice]:
   """The best damping of each method and its labels."""
-  grids: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+  grids: dict[tuple[str, str, int], dict[str, np.ndarray]] = {}
   for name, row in rows.items():
-    group = _method(name), row.labels
+    group = _method(name), row.labels, row.models
     grids.setdefault(group, {})[name] = per_query[name]
   held_out = np.arange(len(task.queries["y"])) % 2 == 1
   return [lds.choose(grid, held_out) for grid in grids.values()]
@@ -103,22 +109,26 @@ def _choices(
 def _differences(
   choices: list[lds.Choice], rows: Mapping[str, Attribution], key: jax.Array
 ) -> str:
-  """What each gains over EK-FAC, paired by query; empty without EK-FAC."""
-  baselines = [x for x in choices if _method(x.name) == BASELINE]
-  if not baselines:
+  """What each gains over EK-FAC of as many models, paired by query."""
+  body, title = [], ""
+  for models in sorted({rows[x.name].models for x in choices}):
+    same = [x for x in choices if rows[x.name].models == models]
+    baselines = [x for x in same if _method(x.name) == BASELINE]
+    if not baselines:
+      continue
+    best = max(baselines, key=lambda choice: choice.validation)
+    title = f"LDS less that of EK-FAC with {rows[best.name].labels} labels"
+    for choice in same:
+      if choice is not best:
+        gain = lds.bootstrap(choice.per_query - best.per_query, key)
+        mean, low, high = _triple(gain)
+        method, labels = _method(choice.name), rows[choice.name].labels
+        gained = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        body.append((names.display(method), labels, str(models), gained))
+  if not body:
     return ""
-  best = max(baselines, key=lambda choice: choice.validation)
-  body = []
-  for choice in choices:
-    if choice is not best:
-      gain = lds.bootstrap(choice.per_query - best.per_query, key)
-      mean, low, high = _triple(gain)
-      cells = names.display(_method(choice.name)), rows[choice.name].labels
-      body.append((*cells, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"))
-  title = (
-    f"LDS less that of EK-FAC with {rows[best.name].labels} labels, paired"
-  )
-  return f"\n{title}\n{tables.aligned(['method', 'labels', 'gain'], body)}"
+  header = ["method", "labels", "models", "gain"]
+  return f"\n{title}, paired by query\n{tables.aligned(header, body)}"
 
 
 def _spread_queries(value: np.ndarray) -> np.ndarray:
@@ -142,11 +152,12 @@ def _row(name: str, row: Attribution, interval: Interval) -> tables.Row:
     labels=row.labels,
     damping=row.damping,
     note=row.note,
+    models=row.models,
   )
 
 
 def _method(name: str) -> str:
-  return name.partition("@")[0].partition(",")[0]
+  return re.split("@|,| of ", name)[0]
 
 
 if __name__ == "__main__":

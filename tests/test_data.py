@@ -14,7 +14,7 @@ import configs
 from tda.attribution import inverses
 from tda.data import bundled, datasets, idx, registry, tables
 from tda.data.datasets import Dataset
-from tda.evaluation import along, mislabel, problem
+from tda.evaluation import along, mislabel, problem, settings
 
 
 def idx_bytes(array):
@@ -334,7 +334,7 @@ def test_config_of_noisy_labels(name, size):
 )
 def test_config_of_many_methods_names_them_all(name, size, methods):
   module = importlib.import_module(f"configs.{name}")
-  setting = problem.from_config(module.get_config(size).to_dict())
+  setting = settings.from_config(module.get_config(size).to_dict())
   assert setting.name == f"{name}_{size}"
   assert set(methods) <= set(setting.methods)
   task = problem.build(dataclasses.replace(setting, train_size=256))
@@ -348,7 +348,7 @@ def test_config_of_many_methods_names_them_all(name, size, methods):
 def test_config_is_a_setting_of_a_known_set(name):
   module = importlib.import_module(f"configs.{name}")
   full, smoke = (
-    problem.from_config(module.get_config(size).to_dict())
+    settings.from_config(module.get_config(size).to_dict())
     for size in ("full", "smoke")
   )
   assert (full.name, smoke.name) == (name, f"{name}_smoke")

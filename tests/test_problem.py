@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.evaluation import along, problem, stages
-from tda.evaluation.problem import Setting
+from tda.evaluation import along, problem, settings, stages
+from tda.evaluation.settings import Setting
 from tda.evaluation.workdir import Workdir
 from tda.inverse import spectral
 
@@ -32,7 +32,7 @@ SETTING = Setting(
 
 def test_unknown_fields_are_named():
   with pytest.raises(ValueError, match=r"unknown settings \['epoch'\]"):
-    problem.from_config({"name": "x", "dataset": "digits", "epoch": 3})
+    settings.from_config({"name": "x", "dataset": "digits", "epoch": 3})
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
   task = problem.build(SETTING)
   workdir = Workdir(tmp_path, dataclasses.asdict(SETTING))
   params = stages.trained(task, workdir)
-  rows = stages.attributed(task, params, workdir)
+  rows = stages.attributed(task, workdir)
   assert set(rows) == {
     "gradient_dot",
     "diagonal",
@@ -106,7 +106,7 @@ def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
   assert rows["gradient_dot"][1:3] == ("", "")
   different = np.abs(rows["ekfac"].scores - rows["ekfac@0.01 relative"].scores)
   assert different.max() > 0
-  again = stages.attributed(task, params, workdir)
+  again = stages.attributed(task, workdir)
   for name, row in rows.items():
     np.testing.assert_array_equal(row.scores, again[name].scores)
   restored = stages.trained(task, workdir)
@@ -125,7 +125,7 @@ def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
   task = problem.build(setting)
   workdir = Workdir(tmp_path, dataclasses.asdict(setting))
   params = stages.trained(task, workdir)
-  rows = stages.attributed(task, params, workdir)
+  rows = stages.attributed(task, workdir)
   assert set(rows) == set(setting.methods)
   assert rows["source"].labels == "sampled" and rows["tracin"].labels == ""
   for row in rows.values():
@@ -140,7 +140,7 @@ def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
   )[1]
   unrolled = rows["unrolled"].scores[7]
   np.testing.assert_allclose(unrolled, -slope, rtol=1e-3, atol=1e-5)
-  points = along.passed(task, workdir)
+  points = along.passed(task, 0, workdir)
   assert [point.step for point in points] == [2, 4, 6, 8]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, points[-1].params, params)

@@ -121,3 +121,36 @@ def relabel(data: Dataset, fraction: float, seed: int) -> Dataset:
   shift = random.randint(1, data.num_classes, size=len(rows))
   y[rows] = (y[rows] + shift) % data.num_classes
   return data._replace(train={**data.train, "y": y})
+
+
+CHANGES = ("rotated", "shifted")
+
+
+def divide(data: Dataset, size: int, change: str) -> tuple[Dataset, Arrays]:
+  """Takes the last `size` training pictures out, and changes them.
+
+  Args:
+    data: of pictures.
+    size: how many.
+    change: "rotated" by a quarter turn, or "shifted" by a quarter of the
+      picture down and to the right, what leaves it coming back on the other
+      side.
+  """
+  if change not in CHANGES:
+    raise ValueError(f"unknown change {change!r}; choose from {CHANGES}")
+  if data.image_shape is None:
+    raise ValueError(f"{data.name} has no pictures that can be {change}")
+  rows = len(data.train["y"])
+  if not 0 < size < rows:
+    raise ValueError(
+      f"a second stage takes 1 to {rows - 1} of {rows} examples, not {size}"
+    )
+  first = {name: x[:-size] for name, x in data.train.items()}
+  second = {name: x[-size:] for name, x in data.train.items()}
+  if change == "rotated":
+    x = np.rot90(second["x"], axes=(1, 2))
+  else:
+    by = [side // 4 for side in data.image_shape]
+    x = np.roll(second["x"], by, axis=(1, 2))
+  second["x"] = np.ascontiguousarray(x)
+  return data._replace(train=first), second

@@ -1,12 +1,12 @@
 """An experiment's scores by the methods that look at the whole run."""
 
 from types import MappingProxyType
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tda import blocks, runs, streams
+from tda import blocks, runs, smoothness, streams
 from tda.attribution import source, tracin, unrolled
 from tda.evaluation.problem import Problem
 from tda.evaluation.workdir import Arrays, Workdir
@@ -24,49 +24,41 @@ METHODS = MappingProxyType(
 """Their names, and the labels of their curvatures."""
 
 
-def attributed(problem: Problem, params: PyTree, workdir: Workdir) -> Arrays:
-  """Scores [N, Q] of those of `METHODS` that the setting has."""
-  setting, data = problem.setting, problem.dataset.train
-  queries, scores = dict(problem.queries), dict[str, np.ndarray]()
-  if "unrolled" in setting.methods:
-    measurements = jax.vmap(problem.measurement, (None, 0))
-    derivative = unrolled.differentiate(
-      problem.init,
-      problem.stages,
-      [jnp.ones(streams.rows(data))],
-      problem.key_for("attributed model"),
-      lambda params: measurements(params, queries),
-    )
-    scores["unrolled"] = derivative.scores().values
-  if not {"tracin", "source", "fast_source"} & {*setting.methods}:
+def attributed(
+  problem: Problem, params: PyTree, member: int, workdir: Workdir
+) -> Arrays:
+  """Scores [N, Q] of those of `METHODS` that the setting has, of one model."""
+  wanted = [name for name in METHODS if name in problem.setting.methods]
+  scores = dict[str, np.ndarray]()
+  if "unrolled" in wanted:
+    scores["unrolled"] = _unrolled(problem, member, workdir)
+  if not {"tracin", "source", "fast_source"} & {*wanted}:
     return scores
-  found = blocks.trace(problem.objective.outputs, params, streams.example(data))
-  points = passed(problem, workdir)
+  setting, data = problem.setting, [s.data for s in problem.stages]
+  example = streams.example(data[0])
+  found = blocks.trace(problem.objective.outputs, params, example)
+  points = passed(problem, member, workdir)
   loop = streams.Loop(setting.fit_batch_size)
-  if "tracin" in setting.methods:
-    trace = tracin.scorer(
-      found,
-      problem.objective,
-      measurement=problem.measurement,
-      query_batch=setting.query_batch,
-    )
-    tracin_loop = loop._replace(label="tracin")
-    scores["tracin"] = trace(points, data, queries, loop=tracin_loop).values
-  if not {"source", "fast_source"} & {*setting.methods}:
+  queries = dict(problem.queries)
+  options: dict[str, Any] = {
+    "measurement": problem.measurement,
+    "query_batch": setting.query_batch,
+  }
+  if "tracin" in wanted:
+    score = tracin.scorer(found, problem.objective, **options)
+    first = [point for point in points if point.stage == 0]
+    named = loop._replace(label="tracin")
+    scores["tracin"] = score(first, data[0], queries, loop=named).values
+  if not {"source", "fast_source"} & {*wanted}:
     return scores
-  score = source.scorer(
-    found,
-    problem.objective,
-    measurement=problem.measurement,
-    query_batch=setting.query_batch,
-  )
+  run = source.scorer(found, problem.objective, **options)
   parts = source.segments(problem.stages, points, setting.segments)
   cuts = {"source": parts, "fast_source": source.averaged(parts)}
   for name, cut in cuts.items():
-    if name in setting.methods:
-      by_stage = score(
+    if name in wanted:
+      by_stage = run(
         cut,
-        [data],
+        data,
         queries,
         params=params,
         key=problem.key_for("labels sampled"),
@@ -76,17 +68,44 @@ def attributed(problem: Problem, params: PyTree, workdir: Workdir) -> Arrays:
   return scores
 
 
-def passed(problem: Problem, workdir: Workdir) -> list[Checkpoint]:
-  """Equally spaced checkpoints of the run that is attributed."""
-  total = sum(runs.lengths(problem.stages))
-  count = min(problem.setting.checkpoints, total)
-  at = np.rint(np.linspace(0, total, count + 1)[1:]).astype(int)
+def _unrolled(problem: Problem, member: int, workdir: Workdir) -> np.ndarray:
+  measurements = jax.vmap(problem.measurement, (None, 0))
+  queries = dict(problem.queries)
+  derivative = unrolled.differentiate(
+    problem.init,
+    problem.stages,
+    problem.weights(),
+    problem.run_key(member),
+    lambda params: measurements(params, queries),
+    directory=workdir.folder(f"replay_{member}"),
+    label="replay",
+  )
+  if not member:
+    straight = jax.jit(smoothness.metasmoothness)(
+      problem.train,
+      problem.weights()[0],
+      problem.run_key(),
+      problem.key_for("metasmoothness"),
+    )
+    workdir.record("metasmoothness", round(float(straight), 4))
+  return derivative.scores().values
+
+
+def passed(problem: Problem, member: int, workdir: Workdir) -> list[Checkpoint]:
+  """Checkpoints of the run that is attributed, equally spaced in each stage."""
+  at: list[int] = []
+  begin = 0
+  for length in runs.lengths(problem.stages):
+    count = min(problem.setting.checkpoints, length)
+    steps = np.rint(np.linspace(0, length, count + 1)[1:]).astype(int)
+    at += (begin + steps).tolist()
+    begin += length
   return runs.checkpoints(
     problem.init,
     problem.stages,
-    [jnp.ones(streams.rows(problem.dataset.train))],
-    problem.key_for("attributed model"),
-    at.tolist(),
-    directory=workdir.folder("checkpoints"),
+    problem.weights(),
+    problem.run_key(member),
+    at,
+    directory=workdir.folder(f"checkpoints_{member}"),
     label="checkpoints",
   )

@@ -25,7 +25,7 @@ import optax
 from tda import likelihoods, lora, trajectory
 from tda.data import datasets, registry
 from tda.data.datasets import Arrays, Dataset
-from tda.evaluation import problem
+from tda.evaluation import settings
 from tda.likelihoods import Objective
 from tda.models import build as models
 
@@ -106,7 +106,7 @@ class Subject(NamedTuple):
 
 def from_config(config: Mapping[str, Any]) -> Setting:
   """A setting from a mapping; unknown fields and subjects raise ValueError."""
-  setting = problem.from_config(config, Setting)
+  setting = settings.from_config(config, Setting)
   others = set(setting.subjects) - set(SUBJECTS)
   if others:
     raise ValueError(

@@ -1,10 +1,8 @@
-"""One experiment's data, model, training and queries, built from its settings.
+"""One experiment's data, model, training and queries, built from its setting.
 
-The objects the binaries share: `Setting` is the record of an experiment,
-`build` makes the pure functions that it names.
+What the binaries share: the pure functions and arrays that a setting names.
 """
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 
-from tda import likelihoods, trajectory
-from tda.data import datasets, registry
+from tda import likelihoods, streams, trajectory
+from tda.data import registry
 from tda.data.datasets import Dataset
+from tda.evaluation import training
+from tda.evaluation.settings import Setting
 from tda.inverse import spectral
 from tda.inverse.spectral import Damping
 from tda.likelihoods import Objective
@@ -27,63 +26,18 @@ from tda.runs import Stage
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """What defines an experiment; the configs in `configs/` say why.
-
-  Sizes of 0 mean all there is. A damping is written "0.01", in the units of the
-  curvature, "0.1 relative" to the mean eigenvalue of each layer, or "training";
-  see `Problem.damping`.
-  """
-
-  name: str
-  dataset: str
-  data_dir: str = ""
-  train_size: int = 0
-  test_size: int = 0
-  label_noise: float = 0.0
-  likelihood: str = "categorical"
-  model: str = "mlp"
-  features: tuple[int, ...] = (128, 128)
-  optimizer: str = "sgd"
-  epochs: int = 20
-  batch_size: int = 64
-  learning_rate: float = 0.03
-  momentum: float = 0.9
-  weight_decay: float = 0.0
-  num_queries: int = 100
-  measurement: str = "loss"
-  methods: tuple[str, ...] = ("gradient_dot", "kfac", "ekfac")
-  labels: str = "empirical"
-  damping: str = "0.1 relative"
-  sweep_labels: tuple[str, ...] = ()
-  sweep_dampings: tuple[str, ...] = ()
-  fit_batch_size: int = 512
-  query_batch: int = 128
-  solver_iterations: int = 100
-  checkpoints: int = 6
-  segments: int = 3
-  subsets: int = 200
-  subset_fraction: float = 0.5
-  retrain_seeds: int = 3
-  removal_ks: tuple[int, ...] = (0, 10, 20, 40)
-  removal_queries: int = 20
-  removal_seeds: int = 3
-  seed: int = 0
-
-
 class Problem(NamedTuple):
   """A setting's pure functions and arrays.
 
   Attributes:
     setting: what it was built from.
-    dataset: training and test arrays.
+    dataset: training and test arrays; those of the first stage.
     queries: {"x", "y"} of the Q test examples that are asked about.
     objective: model and likelihood of one example.
     measurement: m(params, query) -> scalar.
     train: (weights [N], key) -> params.
     init: key -> params.
-    stages: the same training for `tda.runs`, with all examples.
+    stages: the same training for `tda.runs`.
     measure: params -> {"value": [Q], "correct": [Q]}; "correct" is 1 where the
       query is predicted right, and 0 for regression.
     key: of everything random; split by the name of its use.
@@ -103,6 +57,18 @@ class Problem(NamedTuple):
   def key_for(self, use: str) -> jax.Array:
     """A key of its own for each use, whatever order they come in."""
     return jax.random.fold_in(self.key, zlib.crc32(use.encode()))
+
+  def run_key(self, member: int = 0) -> jax.Array:
+    """The key of a run that is attributed, by its place in the ensemble."""
+    return self.key_for("attributed model" + (f" {member}" if member else ""))
+
+  def trained_on(self, size: int) -> trajectory.Train:
+    """`train` for runs that keep at most `size` examples, at their cost."""
+    return training.trainer(self.init, self.stages, size)
+
+  def weights(self) -> list[jax.Array]:
+    """Those of all examples of every stage: 1."""
+    return [jnp.ones(streams.rows(stage.data)) for stage in self.stages]
 
   def damping(self, text: str) -> Damping:
     """A damping by what a setting calls it.
@@ -126,30 +92,13 @@ class Problem(NamedTuple):
     return spectral.absolute(1 / (steps * length))
 
 
-def from_config(config: Mapping[str, Any], kind: Any = Setting) -> Any:
-  """A setting, or another dataclass of this `kind`, from a mapping.
-
-  Raises:
-    ValueError: fields that it does not have.
-  """
-  names = {field.name for field in dataclasses.fields(kind)}
-  unknown = set(config) - names
-  if unknown:
-    raise ValueError(
-      f"unknown settings {sorted(unknown)}; choose of {sorted(names)}"
-    )
-  values: dict[str, Any] = {
-    k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-  }
-  return kind(**values)
-
-
 def build(setting: Setting, size: int | None = None) -> Problem:
   """Data, model and training of a setting.
 
   Args:
     setting: the experiment.
-    size: the most training examples any run keeps; see `trajectory.trainer`.
+    size: the most training examples that `train` keeps, all unless given; see
+      `trajectory.trainer`.
   """
   dataset = registry.load(
     setting.dataset,
@@ -158,8 +107,7 @@ def build(setting: Setting, size: int | None = None) -> Problem:
     train_size=setting.train_size,
     test_size=setting.test_size,
   )
-  if setting.label_noise:
-    dataset = datasets.relabel(dataset, setting.label_noise, setting.seed)
+  dataset, second = training.split(setting, dataset)
   model = models.build(setting.model, setting.features, dataset)
   objective = Objective(
     lambda params, example: model.apply(params, example["x"]),
@@ -168,22 +116,7 @@ def build(setting: Setting, size: int | None = None) -> Problem:
   )
   measurement = _measurement(setting.measurement, objective)
   queries = jax.tree.map(lambda x: x[: setting.num_queries], dataset.test)
-  stage = Stage(
-    objective.loss,
-    dataset.train,
-    _optimizer(setting),
-    setting.epochs,
-    setting.batch_size,
-  )
-  train = trajectory.trainer(
-    stage.loss,
-    model.init,
-    stage.optimizer,
-    stage.data,
-    epochs=stage.epochs,
-    batch_size=stage.batch_size,
-    size=size,
-  )
+  stages = training.stages(setting, objective.loss, dataset.train, second)
   categorical = setting.likelihood == "categorical"
 
   def measure(queries, params):
@@ -202,9 +135,9 @@ def build(setting: Setting, size: int | None = None) -> Problem:
     queries,
     objective,
     measurement,
-    train,
+    training.trainer(model.init, stages, size),
     model.init,
-    (stage,),
+    stages,
     Partial(measure, arrays),
     key,
   )
@@ -227,17 +160,4 @@ def _measurement(name: str, objective: Objective) -> Callable:
     return likelihoods.margin(objective)
   raise ValueError(
     f"unknown measurement {name!r}; choose of ['loss', 'margin']"
-  )
-
-
-def _optimizer(setting: Setting) -> optax.GradientTransformation:
-  if setting.optimizer == "sgd":
-    return optax.chain(
-      optax.add_decayed_weights(setting.weight_decay),
-      optax.sgd(setting.learning_rate, setting.momentum or None),
-    )
-  if setting.optimizer == "adamw":
-    return optax.adamw(setting.learning_rate, weight_decay=setting.weight_decay)
-  raise ValueError(
-    f"unknown optimizer {setting.optimizer!r}; choose of ['sgd', 'adamw']"
   )

@@ -3,6 +3,7 @@
 Each is computed once for a working folder and read from it afterwards.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import checkpoints, streams
-from tda.attribution import inverses, methods
+from tda.attribution import inverses, methods, trak
 from tda.curvature import labels as labels_lib
 from tda.evaluation import along, retraining
-from tda.evaluation.problem import Problem, Setting
+from tda.evaluation.problem import Problem
+from tda.evaluation.settings import Setting
 from tda.evaluation.workdir import Workdir
 from tda.inverse import solvers
 from tda.inverse.iterative import Status
@@ -25,17 +27,16 @@ OWN_LABELS["datainf"] = "empirical"
 """What some methods invert, whatever the labels of the others."""
 
 
-def trained(problem: Problem, workdir: Workdir) -> PyTree:
-  """The parameters that are attributed, trained on all the data."""
-  n = streams.rows(problem.dataset.train)
-  key = problem.key_for("attributed model")
-  folder = workdir.folder("params")
+def trained(problem: Problem, workdir: Workdir, member: int = 0) -> PyTree:
+  """The parameters of a model that is attributed, trained on all the data."""
+  ones, key = problem.weights()[0], problem.run_key(member)
+  folder = workdir.folder(f"params_{member}" if member else "params")
   if checkpoints.exists(folder):
-    like = jax.eval_shape(problem.train, jnp.ones(n), key)
+    like = jax.eval_shape(problem.train, ones, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
     return checkpoints.load(folder, zeros)
   with workdir.timed("train"):
-    params = jax.block_until_ready(jax.jit(problem.train)(jnp.ones(n), key))
+    params = jax.block_until_ready(jax.jit(problem.train)(ones, key))
     checkpoints.save(folder, params)
   return params
 
@@ -47,15 +48,53 @@ class Attribution(NamedTuple):
   labels: str  # of the curvature; empty for methods without one
   damping: str  # as the setting has it; empty for methods without one
   note: str = ""  # what a solver could not do
+  models: int = 1  # whose scores it is the mean of
 
 
-def attributed(
-  problem: Problem, params: PyTree, workdir: Workdir
-) -> dict[str, Attribution]:
+def attributed(problem: Problem, workdir: Workdir) -> dict[str, Attribution]:
   """Scores of every method, by name.
 
-  Those of the sweep are called "METHOD@DAMPING" and "METHOD@DAMPING, LABELS".
+  Those of the sweep are called "METHOD@DAMPING" and "METHOD@DAMPING, LABELS",
+  those of an ensemble of M models "... of M".
   """
+  count = problem.setting.ensemble
+  members = [trained(problem, workdir, i) for i in range(count)]
+  each = [
+    _attributed(problem, params, i, workdir) for i, params in enumerate(members)
+  ]
+  rows = dict(each[0])
+  for name, row in each[0].items() if count > 1 else ():
+    scores = np.mean([found[name].scores for found in each], axis=0)
+    mean = row._replace(scores=scores, note="", models=count)
+    rows[f"{name} of {count}"] = mean
+  if "trak" in problem.setting.methods:
+    for some in {1, count}:
+      compute = functools.partial(_trak, problem, members[:some])
+      values = workdir.stage(f"trak_{some}", compute)
+      name = f"trak of {some}" if some > 1 else "trak"
+      rows[name] = Attribution(values["trak"], "", "", models=some)
+  return rows
+
+
+def _trak(problem: Problem, members: list[PyTree]) -> dict[str, np.ndarray]:
+  scores = trak.attribute(
+    problem.objective,
+    members,
+    problem.dataset.train,
+    dict(problem.queries),
+    key=problem.key_for("projections"),
+    dimension=problem.setting.trak_dimension,
+    measurement=problem.measurement,
+    loop=streams.Loop(problem.setting.fit_batch_size, label="trak"),
+  )
+  return {"trak": scores.values}
+
+
+def _attributed(
+  problem: Problem, params: PyTree, member: int, workdir: Workdir
+) -> dict[str, Attribution]:
+  """Of one model."""
+  suffix = f"_{member}" if member else ""
   setting = problem.setting
   rows: dict[str, Attribution] = {}
   for i, (labels, dampings, chosen) in enumerate(_rounds(setting)):
@@ -87,7 +126,7 @@ def attributed(
     solved = set(chosen) <= set(OWN_LABELS)
     stage = "scores" if main else f"scores_{labels.replace(':', '_')}"
     stage += "_solved" if solved and not main else ""
-    computed = workdir.stage(stage, compute)
+    computed = workdir.stage(stage + suffix, compute)
     for entry, values in computed.items():
       method, _, damping = entry.partition("@")
       if entry.endswith(" status"):
@@ -104,7 +143,8 @@ def attributed(
       rows[name] = Attribution(values, said, damping, note)
   if any(name in along.METHODS for name in setting.methods):
     computed = workdir.stage(
-      "along", lambda: along.attributed(problem, params, workdir)
+      "along" + suffix,
+      lambda: along.attributed(problem, params, member, workdir),
     )
     rows |= {
       name: Attribution(values, along.METHODS[name], "")
@@ -135,11 +175,15 @@ def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
   )
 
   def compute():
+    keys = jax.random.split(problem.key_for("bank"), setting.retrain_seeds)
+    if setting.same_seed:
+      keys = problem.run_key()[None]
+    kept = int((weights[0] != 0).sum())
     measured = retraining.bank(
-      problem.train,
+      problem.train if setting.masked else problem.trained_on(kept),
       problem.measure,
       weights,
-      jax.random.split(problem.key_for("bank"), setting.retrain_seeds),
+      keys,
       directory=workdir.folder("bank_parts"),
       label="retrain",
     )
@@ -150,18 +194,19 @@ def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
 
 def _rounds(setting: Setting) -> list[Round]:
   """(labels, dampings, methods): the main round, then the sweep's."""
-  ends = tuple(m for m in setting.methods if m not in along.METHODS)
+  others = {"trak", *along.METHODS}
+  ends = tuple(m for m in setting.methods if m not in others)
   rounds: list[Round] = []
   if ends:
     rounds.append((setting.labels, (setting.damping,), ends))
   of = lambda names: tuple(m for m in setting.methods if m in names)
-  fitted, others = of(inverses.FITTED), of(OWN_LABELS)
+  fitted, solved = of(inverses.FITTED), of(OWN_LABELS)
   dampings = tuple(setting.sweep_dampings) or (setting.damping,)
   further = tuple(d for d in setting.sweep_dampings if d != setting.damping)
   for labels in setting.sweep_labels if fitted else ():
     same = labels_lib.parse(labels) == labels_lib.parse(setting.labels)
     if chosen := further if same else dampings:
       rounds.append((labels, chosen, fitted))
-  if others and further:
-    rounds.append((setting.labels, further, others))
+  if solved and further:
+    rounds.append((setting.labels, further, solved))
   return rounds

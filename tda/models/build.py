@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from tda.data.datasets import Dataset
 from tda.models.cnn import CNN
@@ -12,7 +13,7 @@ from tda.models.mlp import MLP
 
 PyTree = Any
 
-NAMES = ("mlp", "cnn")
+NAMES = ("mlp", "mlp_tanh", "cnn")
 
 
 class Model(NamedTuple):
@@ -39,10 +40,10 @@ def build(name: str, features: Sequence[int], dataset: Dataset) -> Model:
     )
   outputs = dataset.num_outputs
   module: MLP | CNN
-  if name == "mlp":
-    module = MLP((*features, outputs))
-  else:
+  if name == "cnn":
     module = CNN(tuple(features[:-1]), features[-1], outputs)
+  else:
+    module = MLP((*features, outputs), nn.relu if name == "mlp" else jnp.tanh)
 
   def init(key: jax.Array) -> PyTree:
     return module.init(key, jnp.zeros(x.shape[1:], x.dtype))["params"]

@@ -21,6 +21,7 @@ class Row(NamedTuple):
   labels: str = ""  # of the curvature: "empirical", "sampled", "exact"
   damping: str = ""  # with its scale, as "0.1 relative"
   note: str = ""  # what a solver could not do
+  models: int = 1  # whose scores it is the mean of
 
 
 def text(rows: Sequence[Row], *, ceiling: float | None = None) -> str:
@@ -115,6 +116,7 @@ def _cells(
       [_interval(row) for row in ranked],
       "" if ceiling is None else f"{ceiling:z6.3f}",
     ),
+    ("models", True, [_models(row.models) for row in ranked], ""),
     ("seconds", True, [_seconds(row.seconds) for row in ranked], ""),
     ("unsolved queries", False, [row.note for row in ranked], ""),
   ]
@@ -128,6 +130,10 @@ def _cells(
 def _interval(row: Row) -> str:
   """Six characters a number, so that the signs leave the digits aligned."""
   return f"{row.mean:z6.3f} [{row.low:z6.3f}, {row.high:z6.3f}]"
+
+
+def _models(models: int) -> str:
+  return str(models) if models > 1 else ""
 
 
 def _seconds(seconds: float | None) -> str:
