@@ -4,6 +4,7 @@ Derivatives of a run say nothing where it has none (`check`), and little where
 it bends within the change that they shall predict (`metasmoothness`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -69,33 +70,21 @@ def check(
     ValueError: a part that cannot be differentiated in reverse, or whose result
       does not depend on the gradient to first order, by its name.
   """
-  gradient = _normal(params, jax.random.key(0))
-  for part in _parts(optimizer, params):
-    try:
-      slopes = _slopes(part, gradient, params)
-    except (ValueError, TypeError, NotImplementedError) as error:
+  normal = functools.partial(_normal, key=jax.random.key(0))
+  for name, (moved, _) in _probed(optimizer, params, normal, owner).items():
+    if not moved:
       raise ValueError(
-        f"{part.name} in the optimizer of {owner} cannot be differentiated in"
-        f" reverse: {error}"
-      ) from error
-    if not any(bool((x != 0).any()) for x in slopes):
-      raise ValueError(
-        f"{part.name} in the optimizer of {owner} has no derivative: its"
-        " updates do not change with small changes of the gradient. Take a"
-        " smooth one in its place"
+        f"{name} in the optimizer of {owner} has no derivative: its updates do"
+        " not change with small changes of the gradient. Take a smooth one in"
+        " its place"
       )
 
 
 def explained(optimizer: optax.GradientTransformation, params: PyTree) -> str:
   """Which part of an optimizer has no derivative where gradients are 0."""
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  wrong = [
-    part.name
-    for part in _parts(optimizer, params)
-    if not all(
-      bool(jnp.isfinite(x).all()) for x in _slopes(part, zeros, params)
-    )
-  ]
+  zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+  probed = _probed(optimizer, params, zeros, "the run")
+  wrong = [name for name, (_, finite) in probed.items() if not finite]
   if not wrong:
     return (
       "The loss or its gradient has no derivative somewhere on the way, or the"
@@ -107,18 +96,36 @@ def explained(optimizer: optax.GradientTransformation, params: PyTree) -> str:
   )
 
 
-def _slopes(part: _Part, gradient: PyTree, params: PyTree) -> list[Array]:
-  """Transposed derivative of a part's update, of random cotangents."""
+def _probed(
+  optimizer: optax.GradientTransformation,
+  params: PyTree,
+  gradient: Callable[[PyTree], PyTree],
+  owner: str,
+) -> dict[str, tuple[bool, bool]]:
+  """Whether the derivative of each part is not 0, and whether it is finite."""
 
-  def update(gradient):
-    return part.update(gradient, part.state, params)[0]
+  def slopes(part, params):
+    update = lambda g: part.update(g, part.state, params)[0]
+    try:
+      value, pull = jax.vjp(update, gradient(params))
+      found = jax.tree.leaves(pull(_normal(value, jax.random.key(1)))[0])
+    except (ValueError, TypeError, NotImplementedError) as error:
+      raise ValueError(
+        f"{part.name} in the optimizer of {owner} cannot be differentiated in"
+        f" reverse: {error}"
+      ) from error
+    moved = jnp.stack([(x != 0).any() for x in found]).any()
+    return moved, jnp.stack([jnp.isfinite(x).all() for x in found]).all()
 
   @jax.jit
-  def run(gradient):
-    value, pull = jax.vjp(update, gradient)
-    return pull(_normal(value, jax.random.key(1)))[0]
+  def run(params):
+    parts = [*_parts(optimizer, params)]
+    return {part.name: slopes(part, params) for part in parts}
 
-  return jax.tree.leaves(run(gradient))
+  return {
+    name: (bool(moved), bool(finite))
+    for name, (moved, finite) in run(params).items()
+  }
 
 
 def _parts(

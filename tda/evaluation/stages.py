@@ -137,8 +137,8 @@ def _attributed(
       damping = named[damping] if damping else dampings[0]
       said = OWN_LABELS.get(method, labels)
       own = method in OWN_LABELS or labels == setting.labels
-      suffix = "" if own else f", {labels}"
-      name = method if main else f"{method}@{damping}{suffix}"
+      name = method if main else f"{method}@{damping}"
+      name += "" if main or own else f", {labels}"
       note = _unsolved(computed.get(f"{entry} status"))
       rows[name] = Attribution(values, said, damping, note)
   if any(name in along.METHODS for name in setting.methods):
