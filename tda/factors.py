@@ -137,7 +137,7 @@ def moments(factors: Factors, lanes: Array | None, diagonal: bool) -> Moments:
 def rotate(
   factors: Factors, inputs: Array | None, outputs: Array | None
 ) -> Factors:
-  """Coordinates along the columns of `inputs` [G, I, P], `outputs` [G, O, R].
+  """Coordinates along the columns of `inputs` [G, I, P], `outputs` [G, O, S].
 
   They are bases, or the directions of a projection; None leaves that side as
   it is. The gradient of the result is `outputsᵀ gradient inputs`, and its bias
@@ -153,8 +153,10 @@ def rotate(
     return Dense(grad)
   if isinstance(factors, Lookup):
     if inputs is not None:
-      a_BxTxP = inputs[0].at[factors.ids].get(
-        mode="fill", fill_value=0, wrap_negative_indices=False
+      a_BxTxP = (
+        inputs[0]
+        .at[factors.ids]
+        .get(mode="fill", fill_value=0, wrap_negative_indices=False)
       )
       once = Outer(a_BxTxP[:, None], factors.dy[:, None])
       return rotate(once, None, outputs)
@@ -164,10 +166,10 @@ def rotate(
     return dataclasses.replace(factors, dy=dy)
   a, dy, bias = factors.a, factors.dy, factors.bias
   if inputs is not None and outputs is not None:
-    (i, p), (o, r) = inputs.shape[-2:], outputs.shape[-2:]
+    (i, p), (o, s) = inputs.shape[-2:], outputs.shape[-2:]
     positions = a.shape[2]
-    apart = positions * (i * p + o * r + p * r)
-    if apart > i * o * (positions + p) + o * p * r:
+    apart = positions * (i * p + o * s + p * s)
+    if apart > i * o * (positions + p) + o * p * s:
       return rotate(Dense(gradient(factors)), inputs, outputs)
   if inputs is not None:
     width = a.shape[-1]
