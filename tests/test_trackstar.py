@@ -75,7 +75,7 @@ def whitened(features, matrices, damping):
   return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def expected(p, queries, dimension, v=None, mixing=None, damping=1e-3, m=None):
+def expected(p, queries, dimension, v=None, mixing=None, damping=0.1, m=None):
   v = v and jax.tree.map(np.asarray, adam.in_blocks(p.found, v))
   ours = projected(p, oracles.gradients(p), dimension, v)
   asked = projected(p, oracles.gradients(p, queries, m), dimension, v)
@@ -108,7 +108,7 @@ def test_scores_are_those_of_the_formula(name, corrected):
     want = expected(p, queries, v=v, **options)
     np.testing.assert_allclose(found.values, want, rtol=1e-5, atol=1e-6)
   assert found.method == "trackstar" and found.coverage == 1
-  assert found.normaliser == 1 and str(found.damping) == "0.001 relative"
+  assert found.normaliser == 1 and str(found.damping) == "0.1 relative"
 
 
 def test_the_spectra_cross():

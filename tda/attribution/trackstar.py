@@ -56,7 +56,7 @@ def attribute(
   dimension: int = 16,
   second_moments: PyTree | None = None,
   mixing: float | None = None,
-  damping: float = 1e-3,
+  damping: float = 0.1,
   measurement: Loss | None = None,
   select: str | Sequence[str] | None = None,
   loop: Loop = Loop(),
