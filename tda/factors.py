@@ -137,12 +137,12 @@ def moments(factors: Factors, lanes: Array | None, diagonal: bool) -> Moments:
 def rotate(
   factors: Factors, inputs: Array | None, outputs: Array | None
 ) -> Factors:
-  """Coordinates in the bases `inputs` [G, I, I] and `outputs` [G, O, O].
+  """Coordinates along the columns of `inputs` [G, I, P], `outputs` [G, O, S].
 
-  Columns are basis vectors; None leaves that side as it is. The gradient of
-  the result is `outputsᵀ gradient inputs`, and its bias is no longer apart.
-  It is rotated instead of its factors where positions are so many that this
-  takes fewer operations.
+  They are bases, or the directions of a projection; None leaves that side as
+  it is. The gradient of the result is `outputsᵀ gradient inputs`, and its bias
+  is no longer apart. It is rotated instead of its factors where positions are
+  so many that this takes fewer operations.
   """
   if isinstance(factors, Dense):
     grad = factors.grad
@@ -153,18 +153,23 @@ def rotate(
     return Dense(grad)
   if isinstance(factors, Lookup):
     if inputs is not None:
-      raise ValueError(
-        "the inputs of a lookup are one-hot and keep their basis; got one of "
-        f"shape {inputs.shape}"
+      a_BxTxP = (
+        inputs[0]
+        .at[factors.ids]
+        .get(mode="fill", fill_value=0, wrap_negative_indices=False)
       )
+      once = Outer(a_BxTxP[:, None], factors.dy[:, None])
+      return rotate(once, None, outputs)
     if outputs is None:
       return factors
     dy = _project(factors.dy[:, None], outputs)[:, 0]
     return dataclasses.replace(factors, dy=dy)
   a, dy, bias = factors.a, factors.dy, factors.bias
   if inputs is not None and outputs is not None:
-    (i, _), (o, _) = inputs.shape[-2:], outputs.shape[-2:]
-    if a.shape[2] * (i**2 + o**2) > i * o * (i + o):
+    (i, p), (o, s) = inputs.shape[-2:], outputs.shape[-2:]
+    positions = a.shape[2]
+    apart = positions * (i * p + o * s + p * s)
+    if apart > i * o * (positions + p) + o * p * s:
       return rotate(Dense(gradient(factors)), inputs, outputs)
   if inputs is not None:
     width = a.shape[-1]

@@ -127,21 +127,45 @@ def summed_over_blocks(
     run(params, data, operands, *, loop=Loop()) -> [N, *kept]. A second call
     compiles nothing again.
   """
-  one_pass = backward_pass(found, objective, statistic)
 
-  def one(args, batch):
-    values, finite = one_pass(args[0], batch, args[1])
-    total = sum(
+  def summed(values, operands):
+    del operands
+    return sum(
       x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
       for x in values.values()
     )
-    sound = jnp.isfinite(total).reshape(total.shape[0], -1).all(axis=1)
-    return total, finite & sound
 
-  def run(params, data, operands, *, loop=Loop()):
+  return kept(backward_pass(found, objective, statistic), summed)
+
+
+def kept(
+  run: Pass, finish: Callable[[PyTree, PyTree], PyTree]
+) -> Callable[..., PyTree]:
+  """What becomes of a pass's statistics, for every example of a dataset.
+
+  Args:
+    run: (params, batch, operands) -> (statistics [B, ...] by block, finite
+      [B]).
+    finish: (statistics, operands) -> pytree of arrays [B, ...], which are
+      checked to be finite.
+
+  Returns:
+    each(params, data, operands, *, loop=Loop()) -> numpy arrays [N, ...]. A
+    second call compiles nothing again.
+  """
+
+  def one(args, batch):
+    params, operands = args
+    values, finite = run(params, batch, operands)
+    results = finish(values, operands)
+    for x in jax.tree.leaves(results):
+      finite &= _finite(x)
+    return results, finite
+
+  def each(params, data, operands, *, loop=Loop()):
     return streams.each(one, (params, operands), data, loop)
 
-  return run
+  return each
 
 
 def per_example(

@@ -7,6 +7,7 @@ are not finite, and can save as they go and continue after a kill, with any
 batch size.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -272,3 +273,12 @@ def _check_finite(unchecked: list[tuple[Array, int]]) -> None:
         "are not finite: look at that row of the data and at the parameters. "
         "What was saved before it is kept"
       )
+
+
+@contextlib.contextmanager
+def said_of(name: str) -> Iterator[None]:
+  """Says which data a ValueError that is raised inside is about."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error

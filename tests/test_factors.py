@@ -92,20 +92,27 @@ def test_quadratic_products(make):
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_rotation(make):
+@pytest.mark.parametrize("width", [None, 2])
+def test_rotation(make, width):
+  """By any matrices: those of a basis, or `width` directions a side."""
   grad = _materialised(make())
   _, groups, outputs, inputs = grad.shape
-  left, right = _normal(groups, outputs, outputs), _normal(groups, inputs, 1)
-  right = right * _normal(inputs)[None, None]  # any matrix, not only a basis
-  if isinstance(make(), Lookup):
-    right = None  # the inputs of a lookup have no basis
+  left = _normal(groups, outputs, outputs)[..., :width]
+  right = _normal(groups, inputs, inputs)[..., :width]
   rotated = factors.rotate(make(), right, left)
-  expected = np.einsum("bgoi,gop->bgpi", grad, left)
-  if right is not None:
-    expected = np.einsum("bgpi,gij->bgpj", expected, right)
+  expected = np.einsum("bgoi,gop,gij->bgpj", grad, left, right)
   np.testing.assert_allclose(
     _materialised(rotated), expected, rtol=1e-12, atol=1e-12
   )
+
+
+def test_few_directions_never_form_the_gradient():
+  """However many positions would make a full basis do so."""
+  parts = _outer(1, 40, True)
+  side = lambda size, count: _normal(1, size, count)
+  full = factors.rotate(parts, side(7, 7), side(3, 3))
+  few = factors.rotate(parts, side(7, 1), side(3, 1))
+  assert isinstance(full, Dense) and isinstance(few, Outer)
 
 
 def test_entries_bound_what_products_form():

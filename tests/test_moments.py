@@ -93,7 +93,9 @@ def expected_products(grad, directions, weights):
 
 
 @pytest.mark.parametrize("sides", ["both", "inputs", "outputs"])
-@pytest.mark.parametrize("name", ["outer_groups", "positions_bias", "dense"])
+@pytest.mark.parametrize(
+  "name", ["outer_groups", "positions_bias", "dense", "lookup"]
+)
 def test_rotation(name, sides):
   """And the products taken after it, as an eigenvalue refit takes them."""
   made, _, _, grad = make(name)
@@ -117,11 +119,6 @@ def test_rotation(name, sides):
     rtol=1e-11,
     atol=1e-12,
   )
-
-
-def test_a_lookup_has_no_basis_of_its_inputs():
-  with pytest.raises(ValueError, match="inputs of a lookup"):
-    factors.rotate(make("lookup")[0], jnp.eye(I)[None], None)
 
 
 @quick
