@@ -87,6 +87,7 @@ def get_config(size: str = "noisy") -> ConfigDict:
       "gradient_dot",
       "tracin",
       "trak",
+      "trackstar",
       "ekfac",
       "source",
       "fast_source",
@@ -94,7 +95,12 @@ def get_config(size: str = "noisy") -> ConfigDict:
     ),
     labels="sampled",
     sweep_labels=("sampled",),
-    sweep_dampings=("0.01 relative", "0.1 relative", "1 relative"),
+    sweep_dampings=(
+      "0.01 relative",
+      "0.1 relative",
+      "1 relative",
+      "10 relative",
+    ),
     ensemble=5,
     subsets=100,
     removal_ks=(0, 50, 100, 200),
@@ -106,6 +112,7 @@ def get_config(size: str = "noisy") -> ConfigDict:
     config.sweep_dampings = (*config.sweep_dampings, "training")
   else:
     config.update(optimizer="adamw", learning_rate=1e-3, weight_decay=1e-2)
+    config.methods = (*config.methods, "less")
   if kind == "smoke":
     config = defaults.sized(config, "smoke")
     config.update(ensemble=2, trak_dimension=64)

@@ -153,11 +153,7 @@ def rotate(
     return Dense(grad)
   if isinstance(factors, Lookup):
     if inputs is not None:
-      a_BxTxP = (
-        inputs[0]
-        .at[factors.ids]
-        .get(mode="fill", fill_value=0, wrap_negative_indices=False)
-      )
+      a_BxTxP = _looked_up(inputs[0], factors)
       once = Outer(a_BxTxP[:, None], factors.dy[:, None])
       return rotate(once, None, outputs)
     if outputs is None:
@@ -353,8 +349,12 @@ def _merged(factors: Lookup) -> Lookup:
 
 def _at(directions_Qx1xOxI: Array, factors: Lookup) -> Array:
   """Rows of the directions where the examples look [B, T, Q, O]."""
-  table_IxQxO = jnp.moveaxis(directions_Qx1xOxI[:, 0], -1, 0)
-  return table_IxQxO.at[factors.ids].get(
+  return _looked_up(jnp.moveaxis(directions_Qx1xOxI[:, 0], -1, 0), factors)
+
+
+def _looked_up(table_IxX: Array, factors: Lookup) -> Array:
+  """Rows of a table where the examples look, zeros outside it [B, T, X]."""
+  return table_IxX.at[factors.ids].get(
     mode="fill", fill_value=0, wrap_negative_indices=False
   )
 

@@ -277,6 +277,26 @@ def test_relabel_changes_the_fraction_to_other_classes():
     datasets.relabel(data._replace(class_names=()), 0.3, 0)
 
 
+def test_a_second_stage_takes_changed_pictures_out_of_the_first():
+  x = np.arange(5 * 4 * 4, dtype=np.float32).reshape(5, 4, 4, 1)
+  part = {"x": x, "y": np.arange(5, dtype=np.int32)}
+  data = Dataset("made", part, part, ("a", "b"))
+  first, turned = datasets.divide(data, 2, "rotated")
+  np.testing.assert_array_equal(first.train["y"], [0, 1, 2])
+  np.testing.assert_array_equal(turned["y"], [3, 4])
+  np.testing.assert_array_equal(turned["x"][0, 0], x[3, :, -1])  # a column
+  assert first.test is part and (part["x"] == x).all()
+  _, moved = datasets.divide(data, 2, "shifted")
+  np.testing.assert_array_equal(moved["x"][1, 1, 1:], x[4, 0, :-1])
+  with pytest.raises(ValueError, match=r"takes 1 to 4 of 5 examples, not 5"):
+    datasets.divide(data, 5, "rotated")
+  with pytest.raises(ValueError, match=r"unknown change 'flipped'"):
+    datasets.divide(data, 2, "flipped")
+  flat = data._replace(train={**part, "x": np.zeros((5, 3))})
+  with pytest.raises(ValueError, match="has no pictures"):
+    datasets.divide(flat, 2, "rotated")
+
+
 def test_registry(tmp_path):
   with pytest.raises(ValueError, match=r"'cifar'.*digits.*fashion_mnist"):
     registry.load("cifar")
@@ -302,6 +322,26 @@ def test_missing_package_names_the_extra(monkeypatch, package):
 
 NOISY = ("mislabel", "selection")  # of another kind of setting
 SETS = ("along", "solvers")  # of other sizes than full and smoke
+
+
+def test_config_along_the_run_has_every_size():
+  module = importlib.import_module("configs.along")
+  for size in module.SIZES:
+    plain, adamw = (
+      settings.from_config(module.get_config(name).to_dict())
+      for name in (size, f"{size}_adamw")
+    )
+    assert (plain.optimizer, adamw.optimizer) == ("sgd", "adamw")
+    assert plain.dataset in registry.NAMES
+    assert "training" in plain.sweep_dampings
+    assert "training" not in adamw.sweep_dampings
+    assert (
+      f"  {size} " in module.__doc__
+      or f"`{size}`" in module.__doc__
+      or (size == "smoke")
+    )
+
+
 CONFIGS = sorted(
   path.stem
   for path in pathlib.Path(configs.__path__[0]).glob("*.py")
@@ -327,9 +367,11 @@ def test_config_of_noisy_labels(name, size):
     ("solvers", "digits", inverses.NAMES),
     ("solvers", "mnist5k", inverses.NAMES),
     ("solvers", "smoke", inverses.NAMES),
-    ("along", "noisy", along.METHODS),
-    ("along", "converged", along.METHODS),
-    ("along", "smoke", along.METHODS),
+    ("along", "noisy", {*along.METHODS, "trak"} - {"less"}),
+    ("along", "rotated_adamw", {*along.METHODS, "trak"}),
+    ("along", "cnn", {*along.METHODS, "trak"} - {"less"}),
+    ("along", "few_adamw", {*along.METHODS, "trak"}),
+    ("along", "smoke", {*along.METHODS, "trak"} - {"less"}),
   ],
 )
 def test_config_of_many_methods_names_them_all(name, size, methods):
@@ -337,7 +379,8 @@ def test_config_of_many_methods_names_them_all(name, size, methods):
   setting = settings.from_config(module.get_config(size).to_dict())
   assert setting.name == f"{name}_{size}"
   assert set(methods) <= set(setting.methods)
-  task = problem.build(dataclasses.replace(setting, train_size=256))
+  small = {"train_size": 256, "second_size": min(setting.second_size, 100)}
+  task = problem.build(dataclasses.replace(setting, **small))
   dampings = [task.damping(text) for text in setting.sweep_dampings]
   assert len(set(dampings)) == len(dampings)
   with pytest.raises(ValueError, match="unknown size 'full'"):

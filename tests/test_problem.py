@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tda import runs
+from tda.attribution import methods
 from tda.evaluation import along, problem, settings, stages
 from tda.evaluation.settings import Setting
 from tda.evaluation.workdir import Workdir
@@ -113,15 +115,18 @@ def test_sweep_rows_are_named_and_do_not_replace_the_main_ones(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
+ALONG = dataclasses.replace(
+  SETTING,
+  methods=("gradient_dot", *(m for m in along.METHODS if m != "less")),
+  checkpoints=4,
+  segments=2,
+  sweep_labels=(),
+  sweep_dampings=(),
+)
+
+
 def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
-  setting = dataclasses.replace(
-    SETTING,
-    methods=("gradient_dot", "tracin", "source", "fast_source", "unrolled"),
-    checkpoints=4,
-    segments=2,
-    sweep_labels=(),
-    sweep_dampings=(),
-  )
+  setting = ALONG
   task = problem.build(setting)
   workdir = Workdir(tmp_path, dataclasses.asdict(setting))
   params = stages.trained(task, workdir)
@@ -146,3 +151,88 @@ def test_methods_that_look_at_the_run_have_rows_and_its_last_state(tmp_path):
   jax.tree.map(close, points[-1].params, params)
   # 64 examples in batches of 16: momentum has not built up in eight steps.
   assert 0 < points[-1].rate < 8 * 0.03 / (1 - 0.9)
+
+
+def test_an_ensemble_has_the_mean_of_its_members_scores(tmp_path):
+  setting = dataclasses.replace(
+    SETTING,
+    methods=("gradient_dot", "ekfac", "tracin", "less", "trak"),
+    optimizer="adamw",
+    sweep_labels=(),
+    sweep_dampings=(),
+    ensemble=2,
+    trak_dimension=8,
+  )
+  task = problem.build(setting)
+  workdir = Workdir(tmp_path, dataclasses.asdict(setting))
+  rows = stages.attributed(task, workdir)
+  assert {*rows} == {
+    f"{m}{of}" for m in setting.methods for of in ("", " of 2")
+  }
+  one, two = (stages.trained(task, workdir, i) for i in (0, 1))
+  assert float(abs(one["layers_0"]["bias"] - two["layers_0"]["bias"]).max()) > 0
+  found = [
+    methods.attribute(
+      task.objective,
+      params,
+      task.dataset.train,
+      dict(task.queries),
+      methods=["gradient_dot"],
+    )["gradient_dot"].values
+    for params in (one, two)
+  ]
+  np.testing.assert_allclose(
+    rows["gradient_dot of 2"].scores,
+    np.mean(found, axis=0),
+    rtol=1e-4,
+    atol=1e-9,
+  )
+  assert rows["gradient_dot of 2"].models == 2 and rows["tracin"].models == 1
+  for row in rows.values():
+    assert row.scores.shape == (64, 5) and np.isfinite(row.scores).all()
+
+
+def test_a_second_stage_follows_and_is_never_left_out(tmp_path):
+  setting = dataclasses.replace(
+    ALONG,
+    methods=("ekfac", "tracin", "source", "unrolled"),
+    second_stage="rotated",
+    second_size=24,
+    second_epochs=3,
+  )
+  task = problem.build(setting)
+  assert [len(stage.data["y"]) for stage in task.stages] == [40, 24]
+  train = runs.trainer(task.init, task.stages)
+  key, half = jax.random.key(5), (jnp.arange(40) % 2).astype(jnp.float32)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  for weights in (jnp.ones(40), half):
+    want = train([weights, jnp.ones(24)], key)
+    jax.tree.map(close, task.train(weights, key), want)
+    if weights is half:
+      jax.tree.map(close, task.trained_on(20)(weights, key), want)
+  workdir = Workdir(tmp_path, dataclasses.asdict(setting))
+  rows = stages.attributed(task, workdir)
+  steps = [(p.step, p.stage) for p in along.passed(task, 0, workdir)]
+  first, second = (2, 3, 4, 6), (8, 9, 10, 12)
+  assert steps == [*((k, 0) for k in first), *((k, 1) for k in second)]
+  slope = jax.jvp(
+    lambda w: task.measure(task.train(w, task.run_key()))["value"],
+    (jnp.ones(40),),
+    (jnp.zeros(40).at[7].set(1.0),),
+  )[1]
+  unrolled = rows["unrolled"].scores[7]
+  np.testing.assert_allclose(unrolled, -slope, rtol=1e-3, atol=1e-5)
+  assert all(row.scores.shape == (40, 5) for row in rows.values())
+
+
+def test_repetitions_of_the_attributed_run(tmp_path):
+  setting = dataclasses.replace(
+    SETTING, masked=True, same_seed=True, subset_fraction=0.9
+  )
+  task = problem.build(setting)
+  bank = stages.retrained(task, Workdir(tmp_path, dataclasses.asdict(setting)))
+  assert bank["value"].shape == (3, 1, 5)
+  params = task.train(jnp.asarray(bank["weights"][1]), task.run_key())
+  np.testing.assert_allclose(
+    bank["value"][1, 0], task.measure(params)["value"], rtol=1e-4
+  )

@@ -147,7 +147,7 @@ def _attributed(
       lambda: along.attributed(problem, params, member, workdir),
     )
     rows |= {
-      name: Attribution(values, along.METHODS[name], "")
+      name: Attribution(values, along.LABELS.get(name, ""), "")
       for name, values in computed.items()
     }
   return rows

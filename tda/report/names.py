@@ -10,9 +10,12 @@ _NAMES = {
   "gradient_dot": "gradient dot product",
   "hyperinf": "HyperINF",
   "kfac": "K-FAC",
+  "less": "LESS",
   "lissa": "LiSSA",
   "source": "SOURCE",
+  "trackstar": "TrackStar",
   "tracin": "TracIn",
+  "trak": "TRAK",
   "unrolled": "exact unrolling",
 }
 
