@@ -124,5 +124,5 @@ def test_rejects_other_inputs():
   module = decoder.Decoder(tiny("llama"))
   with pytest.raises(ValueError, match=r"segments of shape \(3,\)"):
     jax.eval_shape(module.init, jax.random.key(0), tokens(4), np.ones(3, int))
-  with pytest.raises(ValueError, match="family 'bert'.*gpt2, llama"):
+  with pytest.raises(ValueError, match=r"family 'bert'.*gpt2, llama"):
     configs.like("bert", VOCAB)

@@ -12,7 +12,7 @@ or one after another with parameters under "blocks_0" to "blocks_{L-1}";
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,8 @@ def objective(config: DecoderConfig, reduction: str = "sum") -> Objective:
 
   def outputs(params: PyTree, example: PyTree) -> jax.Array:
     segments = example.get("segments")
-    return module.apply({"params": params}, example["x"], segments)
+    logits = module.apply({"params": params}, example["x"], segments)
+    return cast(jax.Array, logits)
 
   target = lambda example: (example["y"], example["mask"])
   return Objective(outputs, token_categorical(reduction), target)
