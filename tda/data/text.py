@@ -32,10 +32,13 @@ class Tokenizer(NamedTuple):
   end: int
 
 
-def folder(path: str | Path, pattern: str = "**/*.txt") -> list[str]:
+def folder(
+  path: str | Path, pattern: str = "**/*.txt", *, skip_empty: bool = False
+) -> list[str]:
   """The text of every file of a folder that matches, in the order of names.
 
-  Bytes that are not UTF-8 become U+FFFD.
+  Bytes that are not UTF-8 become U+FFFD. A document without text is an error
+  unless `skip_empty`.
   """
   files = [x for x in sorted(Path(path).glob(pattern)) if x.is_file()]
   if not files:
@@ -44,11 +47,13 @@ def folder(path: str | Path, pattern: str = "**/*.txt") -> list[str]:
       " and a pattern such as '**/*.py'"
     )
   texts = [file.read_text("utf-8", errors="replace") for file in files]
-  return _filled(texts, [str(file) for file in files])
+  return _filled(texts, [str(file) for file in files], skip_empty)
 
 
-def jsonl(path: str | Path, field: str = "text") -> list[str]:
-  """One field of every line of a JSONL file; empty lines are passed over."""
+def jsonl(
+  path: str | Path, field: str = "text", *, skip_empty: bool = False
+) -> list[str]:
+  """One field of every line of a JSONL file; blank lines are passed over."""
   path = Path(path)
   if not path.is_file():
     raise ValueError(f"there is no file {path}")
@@ -65,7 +70,7 @@ def jsonl(path: str | Path, field: str = "text") -> list[str]:
       )
     texts.append(row[field])
     places.append(f"line {number} of {path}")
-  return _filled(texts, places)
+  return _filled(texts, places, skip_empty)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -130,11 +135,14 @@ def tokenizers() -> ModuleType:
     ) from error
 
 
-def _filled(texts: list[str], places: list[str]) -> list[str]:
-  empty = [p for t, p in zip(texts, places, strict=True) if not t.strip()]
-  if empty or not texts:
-    shown = ", ".join(empty[:5]) or "all"
+def _filled(texts: list[str], places: list[str], skip: bool) -> list[str]:
+  """The texts that are more than white space."""
+  filled = [text for text in texts if text.strip()]
+  if not filled or (len(filled) < len(texts) and not skip):
+    pairs = zip(texts, places, strict=True)
+    empty = [place for text, place in pairs if not text.strip()]
     raise ValueError(
-      f"{len(empty) or 'all'} documents are empty ({shown}); leave them out"
+      f"{len(empty)} documents are empty ({', '.join(empty[:5])}) of"
+      f" {len(texts)}; skip_empty=True leaves them out"
     )
-  return texts
+  return filled
