@@ -38,6 +38,13 @@ def test_jsonl(tmp_path):
     text.jsonl(tmp_path / "y.jsonl")
 
 
+def test_documents_by_name(tmp_path):
+  assert any("def fnmatch(" in x for x in text.documents("stdlib", "f*.py"))
+  (tmp_path / "x.jsonl").write_text('{"a": "b"}\n{"a": ""}\n')
+  assert text.documents(str(tmp_path / "x.jsonl"), "a") == ["b"]
+  assert text.documents(str(tmp_path), "*.jsonl")[0].startswith('{"a"')
+
+
 def test_bytes():
   by = text.tokenizer("bytes")
   (tokens,) = text.encode(["né"], by)

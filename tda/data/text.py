@@ -7,6 +7,7 @@ tokenizer.json of Hugging Face, which needs the extra `lm`.
 
 import importlib
 import json
+import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,20 @@ class Tokenizer(NamedTuple):
   encode: Callable[[str], Sequence[int]]
   decode: Callable[[Sequence[int]], str]
   end: int
+
+
+def documents(source: str, pattern: str) -> list[str]:
+  """Texts by name, empty ones left out.
+
+  Args:
+    source: "stdlib" (of the running Python), a folder, or a file.jsonl.
+    pattern: of a folder's files; of a JSONL file the field of the text.
+  """
+  if source == "stdlib":
+    source = sysconfig.get_path("stdlib")
+  if str(source).endswith(".jsonl"):
+    return jsonl(source, pattern, skip_empty=True)
+  return folder(source, pattern, skip_empty=True)
 
 
 def folder(
