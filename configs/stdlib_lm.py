@@ -40,10 +40,10 @@ def get_config(size: str = "full") -> ConfigDict:
   config.remat = "none"
 
   # Training: AdamW, linear warm-up, cosine to a tenth.
-  config.steps = 600
+  config.steps = 300
   config.batch_size = 16  # rows
   config.learning_rate = 3e-3
-  config.warmup = 50  # steps
+  config.warmup = 30  # steps
   config.weight_decay = 0.1
   config.model_axis = 1  # devices that share a model; the others share a batch
 

@@ -10,7 +10,7 @@ Notation: S steps, B rows of a batch, T positions.
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ import tqdm
 
 from tda import checkpoints, meshes, streams
 from tda.data.packing import Rows, Source
-from tda.likelihoods import Objective
 from tda.models import sharding
 from tda.models.config import DecoderConfig
 from tda.models.decoder import Decoder, objective
@@ -113,22 +112,20 @@ def train(
     ValueError: a loss that is not finite, naming the step.
   """
   _check(recipe, rows, mesh)
-  update = optimizer(recipe)
-  state, step = _begun(config, recipe, update, params, mesh), 0
+  state, step = _begun(config, recipe, params, mesh), 0
   losses = np.full(recipe.steps, np.nan, np.float32)
   record = lambda: {"state": state, "step": np.int32(step), "losses": losses}
   if directory is not None and checkpoints.exists(directory):
     found = checkpoints.load(directory, meshes.replicate(record(), mesh))
     state, step = found["state"], int(meshes.fetch(found["step"]))
     losses = np.array(meshes.fetch(found["losses"]))
-  advance = _step(objective(config), update)
   saved = time.monotonic()
   waiting: list[tuple[int, jax.Array]] = []
   with tqdm.tqdm(
     total=recipe.steps, initial=step, desc=label, unit="step", disable=not label
   ) as bar:
     for batch in _batches(rows, recipe, step):
-      state, loss = advance(state, meshes.spread(batch, mesh))
+      state, loss = _step(config, recipe, state, meshes.spread(batch, mesh))
       _settle(waiting, losses, bar)  # of the step before: the device is busy
       waiting.append((step, loss))
       step += 1
@@ -162,12 +159,11 @@ def surprisal(
 def _begun(
   config: DecoderConfig,
   recipe: Recipe,
-  update: optax.GradientTransformation,
   params: PyTree | None,
   mesh: jax.sharding.Mesh | None,
 ) -> State:
   """The first state, each part made where it is to lie."""
-  tokens = jnp.zeros(1, jnp.int32)
+  update, tokens = optimizer(recipe), jnp.zeros(1, jnp.int32)
   draw = lambda key: Decoder(config).init(key, tokens)["params"]
   key = jax.random.key(recipe.seed)
   if params is not None:
@@ -183,22 +179,20 @@ def _begun(
   return State(params, meshes.replicate(update.init(params), mesh))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _step(
-  aim: Objective, update: optax.GradientTransformation
-) -> Callable[[State, PyTree], tuple[State, jax.Array]]:
-  """state, batch -> state, mean loss over the batch's targets."""
+  config: DecoderConfig, recipe: Recipe, state: State, batch: PyTree
+) -> tuple[State, jax.Array]:
+  """The next state, and the mean loss over the batch's targets."""
+  aim, update = objective(config), optimizer(recipe)
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: State, batch: PyTree) -> tuple[State, jax.Array]:
-    def mean(params: PyTree) -> jax.Array:
-      total = jax.vmap(aim.loss, (None, 0))(params, batch).sum()
-      return total / jnp.maximum(batch["mask"].sum(), 1)
+  def mean(params: PyTree) -> jax.Array:
+    total = jax.vmap(aim.loss, (None, 0))(params, batch).sum()
+    return total / jnp.maximum(batch["mask"].sum(), 1)
 
-    loss, grads = jax.value_and_grad(mean)(state.params)
-    updates, opt_state = update.update(grads, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state), loss
-
-  return step
+  loss, grads = jax.value_and_grad(mean)(state.params)
+  updates, opt_state = update.update(grads, state.opt_state, state.params)
+  return State(optax.apply_updates(state.params, updates), opt_state), loss
 
 
 def _batches(rows: Rows, recipe: Recipe, begin: int) -> Iterator[Rows]:
