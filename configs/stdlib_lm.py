@@ -6,7 +6,9 @@ that every machine has.
   python -m experiments.train_lm --config=configs/stdlib_lm.py
   (--config=configs/stdlib_lm.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores, busy with other jobs: 560 seconds for 300 steps (792 k
+parameters; Python 3.11's 168 files). At the end 1.55 nats per byte in training
+and 1.63 on held-out files, 2.35 bits.
 """
 
 from ml_collections import ConfigDict

@@ -25,7 +25,7 @@ from tda.models import config as configs
 from tda.models import pretrained, training
 from tda.models.config import DecoderConfig
 from tda.models.training import Recipe
-from tda.report import convergence
+from tda.report import losses as loss_figures
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/stdlib_lm.py", "Config file; its fields are flags too."
@@ -73,7 +73,8 @@ def main(_) -> None:
   for name, value in results.items():
     workdir.record(name, value)
     print(f"{name:24} {value:.6g}")
-  draw(workdir.path / "loss.png", losses, results["held_out_loss"])
+  figure = workdir.path / "loss.png"
+  loss_figures.curve(figure, losses, results["held_out_loss"])
   whole = jax.tree.map(meshes.fetch, params)
   pretrained.save(workdir.path / "model", setting.family, config, whole)
 
@@ -122,21 +123,6 @@ def recipe(setting: ConfigDict) -> Recipe:
     warmup=setting.warmup,
     weight_decay=setting.weight_decay,
     seed=setting.seed,
-  )
-
-
-def draw(path: pathlib.Path, losses: np.ndarray, held_out: float) -> None:
-  """Means of about a hundred parts of the run."""
-  parts = np.array_split(losses, min(100, len(losses)))
-  middles = np.cumsum([len(part) for part in parts])
-  curve = (middles, np.array([part.mean() for part in parts]))
-  heading = "dotted: held-out documents at the end"
-  convergence.lines(
-    path,
-    {heading: {"training": curve}},
-    xlabel="step",
-    ylabel="nats per token",
-    level={heading: held_out},
   )
 
 

@@ -88,6 +88,10 @@ def test_bfloat16_is_near(family):
   assert half.dtype == np.float32
   whole = logits(tiny(family), params, tokens())
   assert 0 < np.abs(half - whole).max() < 0.1 * np.abs(whole).max()
+  example = {name: jnp.ones(5, int) for name in ("x", "y", "segments", "mask")}
+  half = tiny(family, dtype=jnp.bfloat16, tie_embeddings=False)
+  loss = decoder.objective(half).loss
+  blocks.trace(loss, decoder.shapes(half), example, strict=True)
 
 
 def test_experts_are_their_formula():

@@ -178,6 +178,7 @@ def test_decoder_dtype_and_tied_parameters():
     ({}, 8, "at most 7 tokens"),
     ({"remat": "sometimes"}, 5, "unknown remat 'sometimes'.*dots_saveable"),
     ({"kv_heads": 3}, 5, "heads=2 must be a multiple of kv_heads=3"),
+    ({"kv_heads": 0}, 5, "heads=2 must be a multiple of kv_heads=0"),
     ({"positions": "sine"}, 5, "positions 'sine'.*learned, rotary"),
     ({"norm": "batch"}, 5, "norm 'batch'.*layer, rms"),
     ({"mlp": "relu"}, 5, "mlp 'relu'.*gelu, gelu_tanh, swiglu"),

@@ -1,6 +1,7 @@
 """Weights of Hugging Face: the same logits as `transformers`, both ways."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from capture_checks import quick
 from language_models import EXTRA, draw, tiny, tokens
 
+from tda.data import text
 from tda.models import config as configs
-from tda.models import decoder, layouts, pretrained
+from tda.models import decoder, gguf, layouts, pretrained
 
 files = pytest.importorskip("safetensors.numpy")
 jax_files = pytest.importorskip("safetensors.flax")
@@ -199,6 +201,24 @@ def test_what_a_family_lacks_is_not_lost(tmp_path):
   wrong = layouts.unstack(draw(config))
   with pytest.raises(ValueError, match="are not those of the configuration"):
     pretrained.save(tmp_path, "llama", config, wrong)
+
+
+@pytest.mark.parametrize(
+  ("package", "extra", "call"),
+  [
+    ("safetensors", "lm", lambda path: pretrained.load(path.parent)),
+    ("gguf", "smollm2", gguf.load),
+    ("tokenizers", "lm", text.tokenizer),
+  ],
+)
+def test_a_missing_package_names_its_extra(
+  package, extra, call, saved, monkeypatch
+):
+  path = saved() / "tokenizer.json"
+  path.write_text("{}")
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(ImportError, match=rf"tda-jax\[{extra}\]"):
+    call(path)
 
 
 def test_bfloat16_files(tmp_path):

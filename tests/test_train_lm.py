@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tda.models import pretrained
+from tda.report import losses
 
 pytest.importorskip("grain")
 pytest.importorskip("safetensors")
@@ -45,3 +46,8 @@ def test_the_binary_trains_and_takes_up_what_it_left(tmp_path):
   assert again.returncode == 0 and "12/12" in again.stderr
   metrics = json.loads((tmp_path / "metrics.json").read_text())
   assert {**metrics, "seconds": results["seconds"]} == results
+
+
+def test_a_curve_needs_losses(tmp_path):
+  with pytest.raises(ValueError, match=r"losses of shape \(0,\)"):
+    losses.curve(tmp_path / "loss.png", [], 1.0)

@@ -84,9 +84,10 @@ class DecoderConfig:
         f"width={self.width} must be a multiple of heads={self.heads}, or"
         " head_width be given"
       )
-    if self.heads % self.groups:
+    if self.groups < 1 or self.heads % self.groups:
       raise ValueError(
-        f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}"
+        f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads},"
+        " one or more"
       )
     if self.positions == "rotary" and (
       self.rotated % 2 or not 0 < self.rotated <= self.channels

@@ -92,7 +92,7 @@ def _config(fields: _Fields, *, tied: bool) -> DecoderConfig:
   channels = of("attention.key_length", width // heads)
   return configs.like(
     "llama",
-    len(fields("tokenizer.ggml.tokens")),
+    of("vocab_size", len(fields("tokenizer.ggml.tokens"))),
     width=width,
     layers=of("block_count"),
     heads=heads,

@@ -42,7 +42,7 @@ def load(folder: str | Path, **running: Any) -> Pretrained:
   """Reads a folder, of one safetensors file or of several with an index.
 
   `running` are fields of the configuration that say how it is run, such as
-  dtype or remat; or max_length, to take less of it.
+  dtype or remat; or max_length, to take less of it where positions are rotary.
 
   Raises:
     ValueError: a model that a `Decoder` cannot be, a missing file, or names of
