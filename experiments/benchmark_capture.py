@@ -31,7 +31,7 @@ from experiments.subjects import Subject
 from tda import blocks, gradients, planning, streams
 from tda.attribution import influence
 from tda.curvature import kronecker
-from tda.models.decoder import Decoder
+from tda.models.config import DecoderConfig
 
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, two rounds.")
 MODELS = flags.DEFINE_multi_enum(
@@ -72,7 +72,7 @@ def subject(name: str) -> Subject:
   width, layers, length, examples = 256, 6, 256, BATCH.value
   if SMOKE.value:
     width, layers, length, examples = 32, 2, 32, 2
-  module = Decoder(
+  config = DecoderConfig(
     256,
     width,
     layers,
@@ -80,7 +80,7 @@ def subject(name: str) -> Subject:
     scan_layers=name == "decoder_scanned",
     scan_unroll=UNROLL.value,
   )
-  return subjects.decoder(module, examples, 1)
+  return subjects.decoder(config, examples, 1)
 
 
 def steps(given: Subject) -> dict[str, Step]:

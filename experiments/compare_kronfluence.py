@@ -34,7 +34,7 @@ from experiments import subjects
 from experiments.ekfac_stages import STAGES, Stages
 from experiments.subjects import Subject
 from tda.models import layouts
-from tda.models.decoder import Decoder
+from tda.models.config import DecoderConfig
 
 NAMES = ["mlp", "cnn", "decoder"]
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, one round.")
@@ -63,7 +63,9 @@ def case(name: str, peer: Any) -> Case:
     if SMOKE.value:
       width, layers, length, examples, queries = 16, 1, 16, 8, 3
     subject = subjects.decoder(
-      Decoder(256, width, layers, max_length=length, scan_layers=SCANNED.value),
+      DecoderConfig(
+        256, width, layers, max_length=length, scan_layers=SCANNED.value
+      ),
       examples,
       queries,
     )

@@ -16,6 +16,7 @@ from tda import likelihoods
 from tda.data import bundled
 from tda.likelihoods import Likelihood, Objective
 from tda.models.cnn import CNN
+from tda.models.config import DecoderConfig
 from tda.models.decoder import Decoder
 from tda.models.mlp import MLP
 
@@ -41,16 +42,16 @@ def classifier(name: str, examples: int, queries: int) -> Subject:
   )
 
 
-def decoder(module: Decoder, examples: int, queries: int) -> Subject:
+def decoder(config: DecoderConfig, examples: int, queries: int) -> Subject:
   """A decoder of bytes, the loss summed over a sequence."""
-  tokens = _text(examples + queries, module.max_length + 1)
+  tokens = _text(examples + queries, config.max_length + 1)
   train, test = (
     {"x": part[:, :-1], "y": part[:, 1:]}
     for part in (tokens[:examples], tokens[examples:])
   )
   target = lambda example: (example["y"], jnp.ones_like(example["y"]))
   likelihood = likelihoods.token_categorical()
-  return _subject(module, likelihood, target, train, test)
+  return _subject(Decoder(config), likelihood, target, train, test)
 
 
 def _subject(

@@ -7,8 +7,9 @@ import pytest
 from flax import linen as nn
 
 from tda.data.datasets import Dataset
-from tda.models import build, decoder, layouts
+from tda.models import attention, build, decoder, layouts
 from tda.models.cnn import CNN
+from tda.models.config import DecoderConfig
 from tda.models.decoder import Decoder
 from tda.models.mlp import MLP
 
@@ -88,8 +89,8 @@ def test_cnn_rejects_bad_options():
 )
 def test_scanned_and_unrolled_decoders_agree(tied, remat):
   options = {"tie_embeddings": tied, "remat": remat, **SIZES}
-  scanned = Decoder(scan_unroll=2, **options)
-  unrolled = Decoder(scan_layers=False, **options)
+  scanned = Decoder(DecoderConfig(scan_unroll=2, **options))
+  unrolled = Decoder(DecoderConfig(scan_layers=False, **options))
   stacked = draw(scanned.init, TOKENS)
   flat = layouts.unstack(stacked)
   shapes = jax.eval_shape(unrolled.init, jax.random.key(0), TOKENS)["params"]
@@ -131,10 +132,12 @@ def attention_by_hand(params, x, heads):
 
 def test_attention_is_its_formula():
   x = np.random.RandomState(0).normal(size=(5, 8)).astype(np.float32)
-  attention = decoder.Attention(heads=2)
-  params = draw(attention.init, x)
+  config = DecoderConfig(**SIZES)
+  at = attention.places(config, 5, None)
+  module = attention.Attention(config)
+  params = draw(module.init, x, at)
   np.testing.assert_allclose(
-    attention.apply({"params": params}, x),
+    module.apply({"params": params}, x, at),
     attention_by_hand(jax.tree.map(np.asarray, params), x, 2),
     rtol=1e-4,
     atol=1e-5,
@@ -142,7 +145,7 @@ def test_attention_is_its_formula():
 
 
 def test_decoder_is_causal_and_knows_positions():
-  module = Decoder(**SIZES)
+  module = Decoder(DecoderConfig(**SIZES))
   variables = {"params": draw(module.init, TOKENS)}
   apply = jax.jit(module.apply)
   logits = apply(variables, TOKENS)
@@ -155,13 +158,15 @@ def test_decoder_is_causal_and_knows_positions():
 
 
 def test_decoder_dtype_and_tied_parameters():
-  half = Decoder(dtype=jnp.bfloat16, tie_embeddings=True, **SIZES)
+  half = Decoder(
+    DecoderConfig(dtype=jnp.bfloat16, tie_embeddings=True, **SIZES)
+  )
   tied = draw(half.init, TOKENS)
   assert {leaf.dtype for leaf in jax.tree.leaves(tied)} == {jnp.dtype("f4")}
   logits = jax.eval_shape(half.apply, {"params": tied}, TOKENS)
   assert logits.dtype == jnp.float32
-  untied = jax.eval_shape(Decoder(**SIZES).init, jax.random.key(0), TOKENS)
-  assert count(untied["params"]) - count(tied) == 11 * 8
+  untied = decoder.shapes(DecoderConfig(**SIZES))
+  assert count(untied) - count(tied) == 11 * 8
   jaxpr = str(jax.make_jaxpr(half.apply)({"params": tied}, TOKENS))
   assert "bf16[5,32]" in jaxpr and "f32[5,32]" not in jaxpr
 
@@ -172,12 +177,24 @@ def test_decoder_dtype_and_tied_parameters():
     ({"heads": 3}, 5, "width=8 must be a multiple of heads=3"),
     ({}, 8, "at most 7 tokens"),
     ({"remat": "sometimes"}, 5, "unknown remat 'sometimes'.*dots_saveable"),
+    ({"kv_heads": 3}, 5, "heads=2 must be a multiple of kv_heads=3"),
+    ({"kv_heads": 0}, 5, "heads=2 must be a multiple of kv_heads=0"),
+    ({"positions": "sine"}, 5, "positions 'sine'.*learned, rotary"),
+    ({"norm": "batch"}, 5, "norm 'batch'.*layer, rms"),
+    ({"mlp": "relu"}, 5, "mlp 'relu'.*gelu, gelu_tanh, swiglu"),
+    (
+      {"positions": "rotary", "rotary_fraction": 0.25},
+      5,
+      "of 4 channels rotates 1 of them",
+    ),
+    ({"experts": 1, "mlp_bias": False}, 5, "active_experts=2 must be 1 to"),
+    ({"experts": 3}, 5, "experts have no biases"),
   ],
 )
 def test_decoder_rejects(options, length, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(
-      Decoder(**{**SIZES, **options}).init,
+      Decoder(DecoderConfig(**{**SIZES, **options})).init,
       jax.random.key(0),
       jnp.zeros(length, int),
     )

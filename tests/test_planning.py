@@ -9,6 +9,7 @@ from jax.extend import core
 
 from tda import blocks, planning, streams
 from tda.models.cnn import CNN
+from tda.models.config import DecoderConfig
 from tda.models.decoder import Decoder
 from tda.models.mlp import MLP
 
@@ -39,8 +40,8 @@ def _traced(module, x):
   "module",
   [
     MLP((7, 5)),
-    Decoder(11, 8, 3, heads=2, max_length=6, scan_layers=True),
-    Decoder(11, 8, 3, heads=2, max_length=6, scan_layers=False),
+    Decoder(DecoderConfig(11, 8, 3, heads=2, max_length=6, scan_layers=True)),
+    Decoder(DecoderConfig(11, 8, 3, heads=2, max_length=6, scan_layers=False)),
   ],
   ids=["mlp", "scanned", "unrolled"],
 )

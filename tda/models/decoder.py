@@ -1,143 +1,156 @@
 """Pre-norm decoder-only transformer of one sequence of tokens.
 
-Notation: T positions, L layers, H heads, K channels of a head, D width,
-V vocabulary.
+One module for the families of GPT-2, GPT-NeoX, Llama and Mixtral;
+`tda.models.config` has the choices and `tda.models.pretrained` the weights.
+
+Notation: T positions, L layers, D width, V vocabulary.
 
 The blocks run in one `scan` over parameters stacked [L, ...] under "blocks",
 or one after another with parameters under "blocks_0" to "blocks_{L-1}";
 `tda.models.layouts` converts.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Activation = Callable[[jax.Array], jax.Array]
+from tda.likelihoods import Objective, token_categorical
+from tda.models.attention import Attention, Places, places
+from tda.models.config import DecoderConfig
+from tda.models.feedforward import Experts, feed_forward
 
-
-class Attention(nn.Module):
-  """Causal self-attention, softmax in float32: [T, D] -> [T, D]."""
-
-  heads: int
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x_TxD: jax.Array) -> jax.Array:
-    length, width = x_TxD.shape
-    shape = (self.heads, width // self.heads)
-    q_TxHxK, k_TxHxK, v_TxHxK = (
-      nn.DenseGeneral(shape, dtype=self.dtype, name=name)(x_TxD)
-      for name in ("query", "key", "value")
-    )
-    logits_HxTxT = jnp.einsum("thk,shk->hts", q_TxHxK, k_TxHxK)
-    logits_HxTxT = logits_HxTxT.astype(jnp.float32) / shape[1] ** 0.5
-    past_TxT = jnp.tril(jnp.ones((length, length), bool))
-    logits_HxTxT = jnp.where(past_TxT[None], logits_HxTxT, -jnp.inf)
-    weights_HxTxT = nn.softmax(logits_HxTxT).astype(self.dtype)
-    mixed_TxHxK = jnp.einsum("hts,shk->thk", weights_HxTxT, v_TxHxK)
-    return nn.DenseGeneral(
-      width, axis=(-2, -1), dtype=self.dtype, name="output"
-    )(mixed_TxHxK)
+PyTree = Any
 
 
 class Block(nn.Module):
   """Attention and MLP with residuals, as a scan's body: x -> (x, None)."""
 
-  heads: int
-  mlp_ratio: int
-  activation: Activation
-  dtype: Any
+  config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_TxD: jax.Array) -> tuple[jax.Array, None]:
-    width = x_TxD.shape[-1]
-    normed_TxD = nn.LayerNorm(dtype=self.dtype, name="norm_attention")(x_TxD)
-    attention = Attention(self.heads, self.dtype, name="attention")
-    x_TxD = x_TxD + attention(normed_TxD)
-    h = nn.LayerNorm(dtype=self.dtype, name="norm_mlp")(x_TxD)
-    h = nn.Dense(self.mlp_ratio * width, dtype=self.dtype, name="mlp_in")(h)
-    h = nn.Dense(width, dtype=self.dtype, name="mlp_out")(self.activation(h))
-    return x_TxD + h, None
+  def __call__(self, x_TxD: jax.Array, at: Places) -> tuple[jax.Array, None]:
+    config = self.config
+    h_TxD = _norm(config, "norm_attention")(x_TxD)
+    attended_TxD = x_TxD + Attention(config, name="attention")(h_TxD, at)
+    read_TxD = x_TxD if config.parallel else attended_TxD
+    h_TxD = _norm(config, "norm_mlp")(read_TxD)
+    if config.experts:
+      return attended_TxD + Experts(config, name="experts")(h_TxD), None
+    return attended_TxD + feed_forward(config, h_TxD), None
 
 
 class Decoder(nn.Module):
   """Tokens [T] int -> logits [T, V] float32, T at most `max_length`.
 
-  `remat` is "none", "full" (only the blocks' inputs are kept for the backward
-  pass) or the name of a policy in `jax.checkpoint_policies`. Parameters are
-  float32; `dtype` is that of activations.
+  With `segments` [T], runs of equal numbers, each run is a sequence of its own:
+  its positions start at 0 and it sees no other run. vmap it over a batch.
   """
 
-  vocab: int
-  width: int = 256
-  layers: int = 6
-  heads: int = 4
-  mlp_ratio: int = 4
-  max_length: int = 256
-  scan_layers: bool = True
-  scan_unroll: int = 1
-  remat: str = "none"
-  activation: Activation = nn.gelu
-  dtype: Any = jnp.float32
-  tie_embeddings: bool = False
+  config: DecoderConfig
 
   @nn.compact
-  def __call__(self, tokens_T: jax.Array) -> jax.Array:
-    self._check(tokens_T)
-    embed = nn.Embed(self.vocab, self.width, dtype=self.dtype, name="tokens")
-    positions = nn.Embed(
-      self.max_length, self.width, dtype=self.dtype, name="positions"
+  def __call__(
+    self, tokens_T: jax.Array, segments: jax.Array | None = None
+  ) -> jax.Array:
+    config = self.config
+    _check(config, tokens_T, segments)
+    embed = nn.Embed(
+      config.vocab, config.width, dtype=config.dtype, name="tokens"
     )
-    x_TxD = embed(tokens_T) + positions(jnp.arange(len(tokens_T)))
-    x_TxD = self._blocks(x_TxD)
-    x_TxD = nn.LayerNorm(dtype=self.dtype, name="norm")(x_TxD)
-    if self.tie_embeddings:
-      return embed.attend(x_TxD).astype(jnp.float32)
-    head = nn.Dense(self.vocab, False, dtype=self.dtype, name="head")
-    return head(x_TxD).astype(jnp.float32)
+    at = places(config, len(tokens_T), segments)
+    x_TxD = embed(tokens_T)
+    if config.positions == "learned":
+      table = nn.Embed(
+        config.max_length, config.width, dtype=config.dtype, name="positions"
+      )
+      x_TxD = x_TxD + table(at.order)
+    x_TxD = _norm(config, "norm")(self._blocks(x_TxD, at))
+    if config.tie_embeddings:
+      table_VxD = embed.embedding.astype(config.dtype)
+      return _product(x_TxD, table_VxD, (((1,), (1,)), ((), ())))
+    head = nn.Dense(
+      config.vocab,
+      use_bias=False,
+      dtype=config.dtype,
+      dot_general=_product,
+      name="head",
+    )
+    return head(x_TxD)
 
-  def _blocks(self, x_TxD: jax.Array) -> jax.Array:
+  def _blocks(self, x_TxD: jax.Array, at: Places) -> jax.Array:
+    config = self.config
     block: Any = Block
-    if self.remat != "none":
+    if config.remat != "none":
       # A scan's body needs no guard against common subexpressions.
       block = nn.remat(
-        Block, prevent_cse=not self.scan_layers, policy=_policy(self.remat)
+        Block, prevent_cse=not config.scan_layers, policy=_policy(config.remat)
       )
-    options = (self.heads, self.mlp_ratio, self.activation, self.dtype)
-    if self.scan_layers:
+    if config.scan_layers:
       scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        length=self.layers,
-        unroll=self.scan_unroll,
+        in_axes=nn.broadcast,
+        length=config.layers,
+        unroll=config.scan_unroll,
       )
-      return scanned(*options, name="blocks")(x_TxD)[0]
-    for layer in range(self.layers):
-      x_TxD = block(*options, name=f"blocks_{layer}")(x_TxD)[0]
+      return scanned(config, name="blocks")(x_TxD, at)[0]
+    for layer in range(config.layers):
+      x_TxD = block(config, name=f"blocks_{layer}")(x_TxD, at)[0]
     return x_TxD
 
-  def _check(self, tokens_T: jax.Array) -> None:
-    if self.width % self.heads:
-      raise ValueError(
-        f"width={self.width} must be a multiple of heads={self.heads}"
-      )
-    if tokens_T.ndim != 1 or len(tokens_T) > self.max_length:
-      raise ValueError(
-        f"a Decoder takes one sequence of at most {self.max_length} tokens,"
-        f" not an array of shape {tokens_T.shape}; vmap it over a batch"
-      )
+
+def objective(config: DecoderConfig, reduction: str = "sum") -> Objective:
+  """Next-token cross entropy of one packed row (see `tda.data.packing`).
+
+  An example has "x", "y" and "mask" [T], and "segments" [T] unless it is one
+  segment; `reduction` is that of `tda.likelihoods.token_categorical`.
+  """
+  module = Decoder(config)
+
+  def outputs(params: PyTree, example: PyTree) -> jax.Array:
+    segments = example.get("segments")
+    logits = module.apply({"params": params}, example["x"], segments)
+    return cast(jax.Array, logits)
+
+  target = lambda example: (example["y"], example["mask"])
+  return Objective(outputs, token_categorical(reduction), target)
+
+
+def shapes(config: DecoderConfig) -> PyTree:
+  """Shapes and dtypes of a decoder's parameters."""
+  tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+  init = Decoder(config).init
+  return jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+
+
+_product = functools.partial(
+  jax.lax.dot_general, preferred_element_type=jnp.float32
+)
+
+
+def _norm(config: DecoderConfig, name: str) -> Callable[..., jax.Array]:
+  kind: Any = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm]
+  return kind(epsilon=config.norm_eps, dtype=config.dtype, name=name)
 
 
 def _policy(name: str) -> Callable[..., Any] | None:
-  if name == "full":
-    return None
-  policies = [p for p in dir(jax.checkpoint_policies) if p[0] != "_"]
-  if name not in policies:
+  return None if name == "full" else getattr(jax.checkpoint_policies, name)
+
+
+def _check(
+  config: DecoderConfig, tokens_T: jax.Array, segments: jax.Array | None
+) -> None:
+  if tokens_T.ndim != 1 or len(tokens_T) > config.max_length:
     raise ValueError(
-      f"unknown remat {name!r}; choose from none, full, {', '.join(policies)}"
+      f"a Decoder takes one sequence of at most {config.max_length} tokens,"
+      f" not an array of shape {tokens_T.shape}; vmap it over a batch"
     )
-  return getattr(jax.checkpoint_policies, name)
+  if segments is not None and segments.shape != tokens_T.shape:
+    raise ValueError(
+      f"segments of shape {segments.shape} for tokens of {tokens_T.shape}"
+    )

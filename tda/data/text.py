@@ -1,0 +1,163 @@
+"""Documents as text, and tokenizers.
+
+Documents come from a folder of plain-text files, one document each, or from a
+JSONL file, one a line. A tokenizer is bytes, which needs nothing, or a
+tokenizer.json of Hugging Face, which needs the extra `lm`.
+"""
+
+import importlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+
+
+class Tokenizer(NamedTuple):
+  """Text to tokens and back.
+
+  Attributes:
+    vocab: number of tokens.
+    encode: text -> token ids, without any special ones around it.
+    decode: token ids -> text.
+    end: the token that ends a document.
+  """
+
+  vocab: int
+  encode: Callable[[str], Sequence[int]]
+  decode: Callable[[Sequence[int]], str]
+  end: int
+
+
+def documents(source: str, pattern: str) -> list[str]:
+  """Texts by name, empty ones left out.
+
+  Args:
+    source: "stdlib" (of the running Python), a folder, or a file.jsonl.
+    pattern: of a folder's files; of a JSONL file the field of the text.
+  """
+  if source == "stdlib":
+    source = sysconfig.get_path("stdlib")
+  if str(source).endswith(".jsonl"):
+    return jsonl(source, pattern, skip_empty=True)
+  return folder(source, pattern, skip_empty=True)
+
+
+def folder(
+  path: str | Path, pattern: str = "**/*.txt", *, skip_empty: bool = False
+) -> list[str]:
+  """The text of every file of a folder that matches, in the order of names.
+
+  Bytes that are not UTF-8 become U+FFFD. A document without text is an error
+  unless `skip_empty`.
+  """
+  files = [x for x in sorted(Path(path).glob(pattern)) if x.is_file()]
+  if not files:
+    raise ValueError(
+      f"no file of {path} matches {pattern!r}; give the folder of the documents"
+      " and a pattern such as '**/*.py'"
+    )
+  texts = [file.read_text("utf-8", errors="replace") for file in files]
+  return _filled(texts, [str(file) for file in files], skip_empty)
+
+
+def jsonl(
+  path: str | Path, field: str = "text", *, skip_empty: bool = False
+) -> list[str]:
+  """One field of every line of a JSONL file; blank lines are passed over."""
+  path = Path(path)
+  if not path.is_file():
+    raise ValueError(f"there is no file {path}")
+  texts, places = [], []
+  for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    if not line.strip():
+      continue
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+      has = sorted(row) if isinstance(row, dict) else type(row).__name__
+      raise ValueError(
+        f"line {number} of {path} has no text in {field!r}; it has {has}: give"
+        " its name as `field`"
+      )
+    texts.append(row[field])
+    places.append(f"line {number} of {path}")
+  return _filled(texts, places, skip_empty)
+
+
+def byte_tokenizer() -> Tokenizer:
+  """The 256 bytes of UTF-8 and an end."""
+
+  def decode(tokens: Sequence[int]) -> str:
+    kept = bytes(int(token) for token in tokens if token < 256)
+    return kept.decode("utf-8", errors="replace")
+
+  return Tokenizer(257, lambda text: list(text.encode("utf-8")), decode, 256)
+
+
+def wrap(tokenizer: Any, end: str | int) -> Tokenizer:
+  """A `tokenizers.Tokenizer`, documents ended by the token `end`."""
+  number = tokenizer.token_to_id(end) if isinstance(end, str) else end
+  size = tokenizer.get_vocab_size()
+  if number is None or not 0 <= number < size:
+    raise ValueError(
+      f"the tokenizer of {size} tokens has no {end!r} to end documents with;"
+      " name one that it has as `end`"
+    )
+  return Tokenizer(
+    size,
+    lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+    lambda tokens: tokenizer.decode([int(token) for token in tokens]),
+    number,
+  )
+
+
+def tokenizer(name: str | Path, end: str | int = "<|endoftext|>") -> Tokenizer:
+  """ "bytes", or the path of a tokenizer.json or of its folder."""
+  if str(name) == "bytes":
+    return byte_tokenizer()
+  path = Path(name)
+  path = path / "tokenizer.json" if path.is_dir() else path
+  if not path.is_file():
+    raise ValueError(
+      f"unknown tokenizer {str(name)!r}; take 'bytes', which needs nothing, or"
+      " the path of a tokenizer.json"
+    )
+  return wrap(tokenizers().Tokenizer.from_file(str(path)), end)
+
+
+def encode(
+  texts: Iterable[str], by: Tokenizer, *, label: str | None = None
+) -> list[np.ndarray]:
+  """Token ids int32 of each document, its end included.
+
+  `label` names a progress bar; None shows none.
+  """
+  bar = tqdm.tqdm(texts, desc=label, unit="document", disable=not label)
+  return [np.asarray([*by.encode(text), by.end], np.int32) for text in bar]
+
+
+def tokenizers() -> ModuleType:
+  """The package of that name."""
+  try:
+    return importlib.import_module("tokenizers")
+  except ImportError as error:
+    raise ImportError(
+      'this tokenizer needs the package tokenizers: pip install "tda-jax[lm]"'
+    ) from error
+
+
+def _filled(texts: list[str], places: list[str], skip: bool) -> list[str]:
+  """The texts that are more than white space."""
+  filled = [text for text in texts if text.strip()]
+  if not filled or (len(filled) < len(texts) and not skip):
+    pairs = zip(texts, places, strict=True)
+    empty = [place for text, place in pairs if not text.strip()]
+    raise ValueError(
+      f"{len(empty)} documents are empty ({', '.join(empty[:5])}) of"
+      f" {len(texts)}; skip_empty=True leaves them out"
+    )
+  return filled

@@ -1,0 +1,68 @@
+"""Documents and tokenizers."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tda.data import text
+
+
+def test_folder_in_the_order_of_names(tmp_path):
+  (tmp_path / "b.txt").write_text("second")
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "x.txt").write_bytes(b"caf\xe9")
+  (tmp_path / "c.md").write_text("other")
+  assert text.folder(tmp_path) == ["caf\ufffd", "second"]
+  assert text.folder(tmp_path, "*.md") == ["other"]
+  with pytest.raises(ValueError, match=r"matches '\*\.py'"):
+    text.folder(tmp_path, "*.py")
+  (tmp_path / "d.txt").write_text(" \n")
+  with pytest.raises(ValueError, match=r"1 documents are empty \(.*d\.txt\)"):
+    text.folder(tmp_path)
+  assert text.folder(tmp_path, skip_empty=True) == ["caf\ufffd", "second"]
+
+
+def test_jsonl(tmp_path):
+  path = tmp_path / "x.jsonl"
+  rows = [{"text": "a\u2028b", "id": 1}, {"text": "c"}]
+  lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+  path.write_text("\n\n".join(lines) + "\n", "utf-8")
+  assert text.jsonl(path) == ["a\u2028b", "c"]
+  with pytest.raises(ValueError, match=r"line 1 of .*'body'; it has \['id', "):
+    text.jsonl(path, "body")
+  path.write_text('{"text": ""}\n')
+  with pytest.raises(ValueError, match=r"1 documents are empty .line 1 of"):
+    text.jsonl(path)
+  with pytest.raises(ValueError, match="there is no file"):
+    text.jsonl(tmp_path / "y.jsonl")
+
+
+def test_documents_by_name(tmp_path):
+  assert any("def fnmatch(" in x for x in text.documents("stdlib", "f*.py"))
+  (tmp_path / "x.jsonl").write_text('{"a": "b"}\n{"a": ""}\n')
+  assert text.documents(str(tmp_path / "x.jsonl"), "a") == ["b"]
+  assert text.documents(str(tmp_path), "*.jsonl")[0].startswith('{"a"')
+
+
+def test_bytes():
+  by = text.tokenizer("bytes")
+  (tokens,) = text.encode(["né"], by)
+  np.testing.assert_array_equal(tokens, [110, 195, 169, 256])
+  assert tokens.dtype == np.int32
+  assert by.decode(tokens) == "né"
+  assert tokens.max() < by.vocab
+
+
+def test_a_file_of_tokenizers(tmp_path):
+  package = pytest.importorskip("tokenizers")
+  vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}
+  made = package.Tokenizer(package.models.BPE(vocab, [("a", "b")]))
+  made.save(str(tmp_path / "tokenizer.json"))
+  by = text.tokenizer(tmp_path)
+  (tokens,) = text.encode(["abb"], by)
+  assert tokens.tolist() == [3, 2, 0] and by.vocab == 4
+  with pytest.raises(ValueError, match="4 tokens has no '</s>'"):
+    text.tokenizer(tmp_path / "tokenizer.json", end="</s>")
+  with pytest.raises(ValueError, match=r"unknown tokenizer .*'bytes'"):
+    text.tokenizer("gpt2")
