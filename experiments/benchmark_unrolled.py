@@ -59,8 +59,8 @@ def _times(
   parts = replay.tree(orders, LEVELS.value)
   forward = jax.jit(Walk.forward).lower(walk, state, parts[0]).compile()
   carry = _carry(walk, state, queries)
-  backward = jax.jit(Walk.backward).lower(walk, state, carry, parts[0])
-  backward = backward.compile()
+  lowered = jax.jit(Walk.backward).lower(walk, state, carry, parts[0])
+  backward = lowered.compile()
 
   def replayed():
     states, carried = [state], carry

@@ -139,10 +139,9 @@ def rotate(
 ) -> Factors:
   """Coordinates along the columns of `inputs` [G, I, P], `outputs` [G, O, S].
 
-  They are bases, or the directions of a projection; None leaves that side as
-  it is. The gradient of the result is `outputsᵀ gradient inputs`, and its bias
-  is no longer apart. It is rotated instead of its factors where positions are
-  so many that this takes fewer operations.
+  These are bases or projections; None leaves that side as it is. The gradient
+  of the result is `outputsᵀ gradient inputs`, its bias no longer apart. It is
+  rotated instead of its factors where that takes fewer operations.
   """
   if isinstance(factors, Dense):
     grad = factors.grad
@@ -153,9 +152,8 @@ def rotate(
     return Dense(grad)
   if isinstance(factors, Lookup):
     if inputs is not None:
-      a_BxTxP = _looked_up(inputs[0], factors)
-      once = Outer(a_BxTxP[:, None], factors.dy[:, None])
-      return rotate(once, None, outputs)
+      a_Bx1xTxP = _looked_up(inputs[0], factors)[:, None]
+      return rotate(Outer(a_Bx1xTxP, factors.dy[:, None]), None, outputs)
     if outputs is None:
       return factors
     dy = _project(factors.dy[:, None], outputs)[:, 0]

@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import test_solvers
+import tiny
 from conformance import Variation
 from test_streams import dataset
 from two_processes import DAMPING, METHODS
@@ -86,6 +87,13 @@ def test_two_processes_solve_what_one_does(together):
     alone = test_solvers.attribute(["cg"], DAMPING)["cg"].values
   for found in together:
     np.testing.assert_allclose(found["cg"], alone, rtol=1e-6, atol=1e-12)
+
+
+def test_two_processes_replay_what_one_does(together):
+  with oracles.exactly():
+    alone = tiny.replayed().weights[0]
+  for found in together:
+    np.testing.assert_allclose(found["unrolled"], alone, rtol=1e-8, atol=1e-12)
 
 
 def test_two_processes_take_up_a_pass_that_was_stopped(together):

@@ -56,6 +56,24 @@ def test_scores_are_those_of_the_formula(loop):
     assert found.method == "trak" and found.coverage == 1
 
 
+def test_a_query_need_not_look_like_a_training_example():
+  p = oracles.problem("tanh")
+  measurement = lambda params, query: (
+    query["z"][0] * p.objective.loss(params, {"x": query["z"][1], "y": 0})
+  )
+  rows = np.stack([np.ones_like(p.data["x"][:2]), p.data["x"][:2]], axis=1)
+  found = trak.attribute(
+    p.objective,
+    [p.params],
+    p.data,
+    {"z": rows},
+    key=KEY,
+    dimension=K,
+    measurement=lambda params, query: measurement(params, query).sum(),
+  )
+  assert found.values.shape == (10, 2) and np.isfinite(found.values).all()
+
+
 def test_projections_are_unbiased():
   """Over 400 keys the mean product is within five of its standard errors."""
   p = oracles.problem("tanh")

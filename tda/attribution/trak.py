@@ -78,9 +78,11 @@ def attribute(
       f"dimension={dimension} of {n} examples leaves ΦᵀΦ of rank {n}: lower"
       " it, or give a damping"
     )
-  traced = lambda f: _projected(f, models[0], example, select)
-  found, outputs = traced(output)
-  _, measurements = traced(measurement or objective.loss)
+  found, outputs = _projected(output, models[0], example, select)
+  asked = streams.example(queries)
+  _, measurements = _projected(
+    measurement or objective.loss, models[0], asked, select
+  )
   slopes = jax.jit(jax.vmap(slope, (None, 0)))
   data = jax.tree.map(jnp.asarray, train)
   products, weights = [], []
@@ -88,9 +90,9 @@ def attribute(
     rows = projections.rademacher(found, jax.random.fold_in(key, i), dimension)
     stage = loop.stage(f"model {i + 1}")
     phi_NxK = np.asarray(outputs(params, train, rows, loop=stage), np.float64)
-    asked = stage.stage("queries")
+    second = stage.stage("queries")
     query_QxK = np.asarray(
-      measurements(params, queries, rows, loop=asked), np.float64
+      measurements(params, queries, rows, loop=second), np.float64
     )
     kernel_KxK = phi_NxK.T @ phi_NxK
     level = damping * np.trace(kernel_KxK) / dimension
