@@ -3,13 +3,16 @@
 All three need the extra `pip install "tda-jax[experiments]"`.
 """
 
-import importlib
-from types import ModuleType
+import functools
 
 import numpy as np
 
+from tda import extras
 from tda.data.datasets import Arrays, Dataset, split, standardize
 
+_package = functools.partial(
+  extras.package, use="this data set", extra="experiments"
+)
 DIGITS = tuple(str(digit) for digit in range(10))
 
 
@@ -57,14 +60,3 @@ def _pictures(images: np.ndarray, labels: np.ndarray, white: int) -> Arrays:
   """images [N, H, W] in 0..white, labels [N] -> arrays of a dataset."""
   x = (images / white).astype(np.float32)[..., None]
   return {"x": x, "y": labels.astype(np.int32)}
-
-
-def _package(name: str) -> ModuleType:
-  """Imports on use, so that the library itself needs none of these."""
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise ImportError(
-      f"this data set is read through {name}, which cannot be imported"
-      f' ({error}): pip install "tda-jax[experiments]"'
-    ) from error

@@ -5,7 +5,6 @@ JSONL file, one a line. A tokenizer is bytes, which needs nothing, or a
 tokenizer.json of Hugging Face, which needs the extra `lm`.
 """
 
-import importlib
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
+
+from tda import extras
 
 
 class Tokenizer(NamedTuple):
@@ -142,12 +143,7 @@ def encode(
 
 def tokenizers() -> ModuleType:
   """The package of that name."""
-  try:
-    return importlib.import_module("tokenizers")
-  except ImportError as error:
-    raise ImportError(
-      'this tokenizer needs the package tokenizers: pip install "tda-jax[lm]"'
-    ) from error
+  return extras.package("tokenizers", "this tokenizer", "lm")
 
 
 def _filled(texts: list[str], places: list[str], skip: bool) -> list[str]:

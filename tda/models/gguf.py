@@ -10,13 +10,13 @@ head: `tda.models.weights.ADJACENT` reorders query and key.
 
 import dataclasses
 import functools
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tda import extras
 from tda.data import text
 from tda.models import config as configs
 from tda.models import weights
@@ -140,9 +140,4 @@ def _tokenizer(fields: _Fields) -> text.Tokenizer:
 
 
 def _gguf() -> ModuleType:
-  try:
-    return importlib.import_module("gguf")
-  except ImportError as error:
-    raise ImportError(
-      'GGUF files are read through gguf: pip install "tda-jax[smollm2]"'
-    ) from error
+  return extras.package("gguf", "reading GGUF files", "smollm2")

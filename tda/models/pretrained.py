@@ -10,7 +10,6 @@ left out.
 
 import dataclasses
 import functools
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tda import extras
 from tda.models import config as configs
 from tda.models import weights
 from tda.models.config import DecoderConfig
@@ -218,10 +218,5 @@ def _prefixed(source: weights.Source, family: Family) -> weights.Source:
 
 
 def _safetensors(part: str = "") -> ModuleType:
-  try:
-    return importlib.import_module("safetensors" + (part and f".{part}"))
-  except ImportError as error:
-    raise ImportError(
-      "weights of Hugging Face are read through safetensors:"
-      ' pip install "tda-jax[lm]"'
-    ) from error
+  name = "safetensors" + (part and f".{part}")
+  return extras.package(name, "reading Hugging Face's weights", "lm")

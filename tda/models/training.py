@@ -8,10 +8,8 @@ Notation: S steps, B rows of a batch, T positions.
 """
 
 import functools
-import importlib
 import time
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +18,7 @@ import numpy as np
 import optax
 import tqdm
 
-from tda import checkpoints, meshes, streams
+from tda import checkpoints, extras, meshes, streams
 from tda.data.packing import Rows, Source
 from tda.models import sharding
 from tda.models.config import DecoderConfig
@@ -197,7 +195,7 @@ def _step(
 
 def _batches(rows: Rows, recipe: Recipe, begin: int) -> Iterator[Rows]:
   """The batches of the steps from `begin` on, read ahead by Grain."""
-  grain = _grain()
+  grain = extras.package("grain", "training on rows", "lm")
   data = grain.MapDataset.source(Source(rows)).shuffle(seed=recipe.seed)
   data = data.repeat().batch(recipe.batch_size)
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -229,12 +227,3 @@ def _check(recipe: Recipe, rows: Rows, mesh: jax.sharding.Mesh | None) -> None:
       f"batch_size={recipe.batch_size} must be a positive multiple of the"
       f" {devices} devices of the mesh's data axis"
     )
-
-
-def _grain() -> ModuleType:
-  try:
-    return importlib.import_module("grain")
-  except ImportError as error:
-    raise ImportError(
-      'training reads rows through grain: pip install "tda-jax[lm]"'
-    ) from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from tda import extras
 from tda.report.names import display
 
 if TYPE_CHECKING:
@@ -29,15 +30,11 @@ SMALL, TEXT, TITLE = 8, 9, 10.5  # points
 
 def canvas(width: float, height: float) -> "Figure":
   """Inches; matplotlib is an extra, so it is imported when first drawn."""
-  try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-  except ImportError as error:
-    raise ImportError(
-      f'figures need matplotlib ({error}): pip install "tda-jax[experiments]"'
-    ) from error
-  figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-  FigureCanvasAgg(figure)
+  load = lambda name: extras.package(name, "a figure", "experiments")
+  figure = load("matplotlib.figure").Figure(
+    figsize=(width, height), dpi=160, layout="constrained"
+  )
+  load("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
   return figure
 
 
