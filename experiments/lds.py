@@ -42,9 +42,8 @@ def main(_) -> None:
   per_query = {k: lds.lds(bank["value"], x) for k, x in predicted.items()}
   key = task.key_for("bootstrap")
   intervals = {k: lds.bootstrap(x, key) for k, x in per_query.items()}
-  ceiling = (
-    1.0  # of one run and its repetitions, between which nothing is drawn
-  )
+  # Repetitions of one run differ by nothing but what is left out.
+  ceiling = 1.0
   if not setting.same_seed:
     ceiling = float(np.mean(lds.noise_ceiling(bank["value"])))
   with workdir.timed("figures"):

@@ -41,6 +41,28 @@ def opened(
   if directory is None:
     return Parts(lambda: (), lambda positions, arrays: None)
   folder = Path(directory)
+  belongs(folder, fingerprint)
+
+  def load():
+    for path in sorted(folder.glob("part_*.npz")):
+      with np.load(path) as arrays:
+        leaves = [arrays[str(i)] for i in range(len(arrays) - 1)]
+        yield arrays["positions"], leaves
+
+  def save(positions, arrays):
+    leaves = {str(i): array for i, array in enumerate(arrays)}
+    with replacing(folder / f"part_{positions[0]:010d}.npz") as file:
+      np.savez(file, positions=positions, **leaves)
+
+  return Parts(load, save)
+
+
+def belongs(folder: Path, fingerprint: dict[str, Any]) -> None:
+  """Makes a directory, and writes down what it is of.
+
+  Raises:
+    ValueError: it is of something else; says in what that differs.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   record = folder / "fingerprint.json"
   fingerprint = json.loads(json.dumps(fingerprint))
@@ -55,19 +77,6 @@ def opened(
       f"{folder} holds results of other {' and '.join(other)}: give this run "
       "another directory, or delete that one"
     )
-
-  def load():
-    for path in sorted(folder.glob("part_*.npz")):
-      with np.load(path) as arrays:
-        leaves = [arrays[str(i)] for i in range(len(arrays) - 1)]
-        yield arrays["positions"], leaves
-
-  def save(positions, arrays):
-    leaves = {str(i): array for i, array in enumerate(arrays)}
-    with replacing(folder / f"part_{positions[0]:010d}.npz") as file:
-      np.savez(file, positions=positions, **leaves)
-
-  return Parts(load, save)
 
 
 @contextlib.contextmanager

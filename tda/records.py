@@ -1,8 +1,6 @@
-"""What a directory is of, so that no run takes up another's."""
+"""Digests of what a run is made of, so that none takes up another's results."""
 
 import hashlib
-import json
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +9,6 @@ import jax
 import numpy as np
 
 PyTree = Any
-
-
-def belongs(directory: pathlib.Path, record: dict[str, Any]) -> None:
-  """Writes what a directory is of.
-
-  Raises:
-    ValueError: it is of something else, naming the entries that differ.
-  """
-  directory.mkdir(parents=True, exist_ok=True)
-  path = directory / "run.json"
-  there = json.loads(path.read_text()) if path.exists() else record
-  other = [name for name in record if there.get(name) != record[name]]
-  if other:
-    raise ValueError(
-      f"{directory} holds another run: its {', '.join(other)} differ. Give this"
-      " one another directory, or delete that one"
-    )
-  path.write_text(json.dumps(record))
 
 
 def digest(tree: PyTree) -> str:
@@ -42,10 +22,11 @@ def digest(tree: PyTree) -> str:
 
 
 def program(function: Callable, *args: Any) -> str:
-  """Digest of what a function computes, with the numbers in it.
+  """Digest of what a function computes, with the numbers and arrays in it.
 
   Of its jaxpr, which another version of JAX may write differently.
   """
-  text = str(jax.make_jaxpr(function)(*args))
-  text = re.sub(r"0x[0-9a-f]+", "", text)  # addresses of functions
-  return hashlib.sha256(text.encode()).hexdigest()
+  closed = jax.make_jaxpr(function)(*args)
+  text = re.sub(r"0x[0-9a-f]+", "", str(closed))  # addresses of functions
+  arrays = digest([np.asarray(x) for x in closed.consts])
+  return hashlib.sha256((text + arrays).encode()).hexdigest()

@@ -5,9 +5,9 @@ the cotangents of all measurements together:
 
     A_k = A_{k+1} ∂h_k/∂s_k,    ∂m/∂w += A_{k+1} ∂h_k/∂w,    A_T = ∂m/∂s_T.
 
-States are needed from the last to the first. Steps are grouped in a tree of
-equal arity, the last level padded with steps that do nothing: each level keeps
-the states its parts begin with, and replays what lies below it.
+States are needed from the last to the first. Steps are grouped in a tree, its
+end filled up with steps that do nothing: each level keeps the states that its
+parts begin with, and replays what lies below it.
 
 Over a mesh the examples of a batch are spread over the "data" axis and the
 measurements over the "model" axis.
@@ -17,8 +17,7 @@ Notation: Q measurements, N examples of a stage, T steps, B slots of a batch.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from tda import meshes, runs
 from tda.runs import Stage
-from tda.trajectory import State, Trajectory
+from tda.trajectory import Init, State, Trajectory
 
 Array = jax.Array
 PyTree = Any
@@ -84,7 +83,7 @@ class Walk:
     """A step as a function of what it can be differentiated in."""
     rows = jax.tree.map(lambda x: x[jnp.maximum(batch, 0)], self.data)
     local = jnp.where(batch >= 0, jnp.arange(batch.size), -1)
-    rows, weights_B = self._spread((rows, weights_B), "data")
+    rows, weights_B = spread((rows, weights_B), self.mesh, "data")
     return self.parts.step(joined(leaves, rest), rows, weights_B, local)
 
   def _plain(self, state: State, batch: Array) -> State:
@@ -92,7 +91,7 @@ class Walk:
     return self._step(floats(state), state, weights_B, batch)
 
   def _transposed(self, state: State, carry: Carry, batch: Array) -> Carry:
-    after, slopes = self._spread(carry, "model")
+    after, slopes = spread(carry, self.mesh, "model")
     index = jnp.maximum(batch, 0)
     _, pull = jax.vjp(
       lambda x, w: floats(self._step(x, state, w, batch)),
@@ -107,19 +106,23 @@ class Walk:
     filled = (batch >= 0).reshape(-1, *[1] * (slopes_B.ndim - 2))
     return before, slopes.at[:, index].add(jnp.where(filled, slopes_B, 0))
 
-  def _spread(self, tree: PyTree, axis: str) -> PyTree:
-    if self.mesh is None:
-      return tree
-    return jax.lax.with_sharding_constraint(
-      tree, NamedSharding(self.mesh, P(axis))
-    )
+
+def spread(tree: PyTree, mesh: Mesh | None, axis: str) -> PyTree:
+  """Inside jit: leading axes split over an axis of the mesh."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(axis)))
 
 
 def walks(
-  init: Callable, stages: list[Stage], weights: list[Array], key: Array, mesh
+  init: Init,
+  stages: Sequence[Stage],
+  weights: Sequence[Array],
+  key: Array,
+  mesh: Mesh | None,
 ) -> list[tuple[Walk, Array]]:
   """Every stage, and the order of its batches [T, B]."""
-  runs.check_weights(stages, weights)
+  weights = runs.checked_weights(stages, weights)
   order_key = jax.random.split(key)[1]
   found = []
   for i, (stage, parts) in enumerate(
@@ -130,24 +133,24 @@ def walks(
         f"batches of {stage.batch_size} in stage {i} cannot be spread over"
         f" {mesh.shape['data']} devices: take a multiple of that"
       )
-    w = jnp.asarray(weights[i])
-    orders = runs.orders(parts, w, runs.stage_key(order_key, i))
+    orders = runs.orders(parts, weights[i], runs.stage_key(order_key, i))
     data = jax.tree.map(jnp.asarray, stage.data)
-    placed = meshes.replicate((data, w, orders), mesh)
-    walk = Walk(parts, stage.optimizer, placed[0], placed[1], mesh)
-    found.append((walk, placed[2]))
+    data, w, orders = meshes.replicate((data, weights[i], orders), mesh)
+    found.append((Walk(parts, stage.optimizer, data, w, mesh), orders))
   return found
 
 
 def tree(orders: Array, levels: int) -> Array:
-  """The steps [T, B] as a tree [k, ..., k, B] of so many levels."""
+  """The steps [T, B] as a tree [k', k, ..., k, B] of so many levels."""
   total, width = orders.shape
-  arity = math.ceil(total ** (1 / levels))
+  arity = max(1, round(total ** (1 / levels)))
   while arity**levels < total:
     arity += 1
-  filler = jnp.full((arity**levels - total, width), -1, orders.dtype)
+  below = arity ** (levels - 1)
+  top = -(-total // below)
+  filler = jnp.full((top * below - total, width), -1, orders.dtype)
   whole = jnp.concatenate([orders, filler])
-  return whole.reshape(*[arity] * levels, width)
+  return whole.reshape(top, *[arity] * (levels - 1), width)
 
 
 def floats(state: State) -> list[Array]:

@@ -32,6 +32,7 @@ import tqdm
 
 from tda import checkpoints as disk
 from tda import records, trajectory
+from tda.parts import belongs
 from tda.trajectory import Init, Loss, State, Trajectory
 
 Array = jax.Array
@@ -114,7 +115,8 @@ def trainer(
 
   Returns:
     train; `weights` has an array [N] for each stage. The initialisation and the
-    first stage's order are those of `trajectory.trainer` for the same key.
+    first stage's order are those of `trajectory.trainer` for the same key, as
+    are the NaN parameters where a stage keeps more examples than its size.
   """
   made = trajectories(init, stages)
 
@@ -122,13 +124,15 @@ def trainer(
     check_weights(stages, weights)
     init_key, order_key = jax.random.split(key)
     params = init(init_key)
-    for i, (stage, parts) in enumerate(zip(stages, made, strict=True)):
+    fits = jnp.bool_(True)
+    for i, (stage, part) in enumerate(zip(stages, made, strict=True)):
       state = State(params, stage.optimizer.init(params))
       data = jax.tree.map(jnp.asarray, stage.data)
-      params = trajectory.through(
-        parts, state, data, jnp.asarray(weights[i]), stage_key(order_key, i)
-      ).params
-    return params
+      w = trajectory.as_weights(weights[i])
+      key = stage_key(order_key, i)
+      params = trajectory.through(part, state, data, w, key).params
+      fits &= _fits(stage, w)
+    return jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), params)
 
   return train
 
@@ -159,7 +163,7 @@ def checkpoints(
     ValueError: steps that the run does not have, or a directory of another run.
   """
   made, ends = trajectories(init, stages), np.cumsum(lengths(stages))
-  check_weights(stages, weights)
+  weights = checked_weights(stages, weights)
   if not at or list(at) != sorted({*at}) or at[0] < 1 or at[-1] > ends[-1]:
     raise ValueError(
       f"checkpoints at {list(at)}: they are ascending steps of 1 to {ends[-1]}"
@@ -167,7 +171,8 @@ def checkpoints(
   init_key, order_key = jax.random.split(key)
   walk = _begun(made[0].start(init_key))
   found: list[Checkpoint] = []
-  folders = _Folders(directory, record(init, stages, weights, key))
+  own = record(init, stages, weights, key) if directory else {}
+  folders = _Folders(directory, own)
   with tqdm.tqdm(
     total=at[-1], desc=label, unit="step", disable=not label
   ) as bar:
@@ -312,7 +317,7 @@ class _Folders:
   def __init__(self, directory: str | None, record: dict[str, Any]):
     self.path = directory and pathlib.Path(directory)
     if self.path:
-      records.belongs(self.path, record)
+      belongs(self.path, record)
 
   def load(self, step: int, like: _Walk) -> _Walk | None:
     folder = self.path and str(self.path / f"step_{step}")
@@ -328,12 +333,12 @@ def record(
 ) -> dict[str, Any]:
   """What tells a run from others, for the directory that it saves in.
 
-  Its key, data and weights, and the program of a step, in which the loss and
-  the optimizer are, with their numbers.
+  Its key, start, data and weights, and the program of a step, in which the
+  loss and the optimizer are, with their numbers.
   """
+  params = init(jax.random.split(key)[0])
 
   def program(stage, parts, w):
-    params = jax.eval_shape(init, key)
     opt_state = jax.eval_shape(stage.optimizer.init, params)
     batch = jax.ShapeDtypeStruct((stage.batch_size,), jnp.int32)
     return records.program(
@@ -343,6 +348,7 @@ def record(
   made = trajectories(init, stages)
   return {
     "key": np.asarray(jax.random.key_data(key)).tolist(),
+    "start": records.digest(params),
     "steps": [[s.epochs, s.batch_size, s.size, s.masked] for s in stages],
     "data": [records.digest(s.data) for s in stages],
     "weights": [records.digest(w) for w in weights],
@@ -359,3 +365,23 @@ def check_weights(stages: Sequence[Stage], weights: Sequence[Array]) -> None:
       f"weights of shapes {shapes}: each stage's are those of its examples, "
       f"{expected}"
     )
+
+
+def checked_weights(
+  stages: Sequence[Stage], weights: Sequence[Array]
+) -> list[Array]:
+  """Weights of concrete values as floats; those that do not fit are refused."""
+  check_weights(stages, weights)
+  found = [trajectory.as_weights(w) for w in weights]
+  for i, (stage, w) in enumerate(zip(stages, found, strict=True)):
+    if not _fits(stage, w):
+      raise ValueError(
+        f"stage {i} keeps more examples than its size={stage.size}: raise it"
+      )
+  return found
+
+
+def _fits(stage: Stage, weights: Array) -> Array:
+  size = stage.size or _rows(stage)
+  kept = jnp.count_nonzero(trajectory.present(weights))
+  return stage.masked | (kept <= size)

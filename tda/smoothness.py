@@ -71,8 +71,8 @@ def check(
       does not depend on the gradient to first order, by its name.
   """
   normal = functools.partial(_normal, key=jax.random.key(0))
-  for name, (moved, _) in _probed(optimizer, params, normal, owner).items():
-    if not moved:
+  for name, dead, _ in _probed(optimizer, params, normal, owner):
+    if dead:
       raise ValueError(
         f"{name} in the optimizer of {owner} has no derivative: its updates do"
         " not change with small changes of the gradient. Take a smooth one in"
@@ -84,7 +84,7 @@ def explained(optimizer: optax.GradientTransformation, params: PyTree) -> str:
   """Which part of an optimizer has no derivative where gradients are 0."""
   zeros = functools.partial(jax.tree.map, jnp.zeros_like)
   probed = _probed(optimizer, params, zeros, "the run")
-  wrong = [name for name, (_, finite) in probed.items() if not finite]
+  wrong = [name for name, _, finite in probed if not finite]
   if not wrong:
     return (
       "The loss or its gradient has no derivative somewhere on the way, or the"
@@ -101,31 +101,41 @@ def _probed(
   params: PyTree,
   gradient: Callable[[PyTree], PyTree],
   owner: str,
-) -> dict[str, tuple[bool, bool]]:
-  """Whether the derivative of each part is not 0, and whether it is finite."""
+) -> list[tuple[str, bool, bool]]:
+  """Of each part: its name, and whether its derivative is dead, and finite.
 
-  def slopes(part, params):
+  Dead is one of 0 where the update is not: at the rate 0 that a schedule may
+  begin with both are.
+  """
+  names: list[str] = []
+
+  def probed(part, params):
     update = lambda g: part.update(g, part.state, params)[0]
     try:
       value, pull = jax.vjp(update, gradient(params))
-      found = jax.tree.leaves(pull(_normal(value, jax.random.key(1)))[0])
+      slopes = pull(_normal(value, jax.random.key(1)))[0]
     except (ValueError, TypeError, NotImplementedError) as error:
       raise ValueError(
         f"{part.name} in the optimizer of {owner} cannot be differentiated in"
         f" reverse: {error}"
       ) from error
-    moved = jnp.stack([(x != 0).any() for x in found]).any()
-    return moved, jnp.stack([jnp.isfinite(x).all() for x in found]).all()
+    some = lambda tree: jnp.stack(
+      [(x != 0).any() for x in jax.tree.leaves(tree)]
+    ).any()
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(slopes)])
+    return some(value) & ~some(slopes), finite.all()
 
   @jax.jit
   def run(params):
     parts = [*_parts(optimizer, params)]
-    return {part.name: slopes(part, params) for part in parts}
+    names.extend(part.name for part in parts)
+    return [probed(part, params) for part in parts]
 
-  return {
-    name: (bool(moved), bool(finite))
-    for name, (moved, finite) in run(params).items()
-  }
+  flags = run(params)
+  return [
+    (name, bool(dead), bool(finite))
+    for name, (dead, finite) in zip(names, flags, strict=True)
+  ]
 
 
 def _parts(
@@ -136,15 +146,18 @@ def _parts(
 
 
 def _taken_apart(update: Callable, state: PyTree) -> Iterator[_Part]:
-  inner = inspect.getclosurevars(update).nonlocals
-  if "update_fns" in inner:  # of optax.chain
-    for one, own in zip(inner["update_fns"], state, strict=True):
-      yield from _taken_apart(one, own)
-  elif "tx" in inner:  # of optax.with_extra_args_support
-    yield from _taken_apart(inner["tx"].update, state)
-  else:
-    name = getattr(update, "__qualname__", repr(update)).partition(".")[0]
-    yield _Part(name, update, state)
+  name = getattr(update, "__qualname__", repr(update)).partition(".")[0]
+  known = getattr(update, "__module__", "").startswith("optax.")
+  if known and name in ("chain", "with_extra_args_support"):
+    inner = inspect.getclosurevars(update).nonlocals
+    if "update_fns" in inner:
+      for one, own in zip(inner["update_fns"], state, strict=True):
+        yield from _taken_apart(one, own)
+      return
+    if "tx" in inner:
+      yield from _taken_apart(inner["tx"].update, state)
+      return
+  yield _Part(name, update, state)
 
 
 def _normal(like: PyTree, key: Array) -> PyTree:

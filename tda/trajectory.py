@@ -239,19 +239,25 @@ def trainer(
   )
 
   def train(data: PyTree, weights: jax.Array, key: jax.Array) -> PyTree:
-    weights = jnp.asarray(weights)
+    weights = as_weights(weights)
     if weights.shape[:1] != (n,):
       raise ValueError(
         f"weights are of {n} examples, and not of shape {weights.shape}"
       )
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-      weights = weights.astype(jnp.result_type(float))
     init_key, order_key = jax.random.split(key)
     state = through(parts, parts.start(init_key), data, weights, order_key)
     fits = masked | (jnp.count_nonzero(present(weights)) <= size)
     return jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), state.params)
 
   return jax.tree_util.Partial(train, data)
+
+
+def as_weights(weights: jax.Array) -> jax.Array:
+  """Floating, whatever they are given as."""
+  weights = jnp.asarray(weights)
+  if jnp.issubdtype(weights.dtype, jnp.floating):
+    return weights
+  return weights.astype(jnp.result_type(float))
 
 
 def present(weights: jax.Array) -> jax.Array:

@@ -137,14 +137,35 @@ def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch):
   for a, b in zip(found, runs.checkpoints(*args), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     assert a.rate == pytest.approx(b.rate)
-  with pytest.raises(ValueError, match="holds another run: its key differ"):
+  with pytest.raises(ValueError, match=r"results of other key: give"):
     runs.checkpoints(*args[:3], jax.random.key(4), at, directory=folder)
   faster = [TWO[0], TWO[1]._replace(optimizer=optax.sgd(0.11))]
-  with pytest.raises(ValueError, match="its loss or optimizer differ"):
+  with pytest.raises(ValueError, match="of other loss or optimizer"):
     runs.checkpoints(init, faster, ones(TWO), KEY, at, directory=folder)
   other = [TWO[0]._replace(data=dataset(10, seed=5)), TWO[1]]
-  with pytest.raises(ValueError, match="its data differ"):
+  with pytest.raises(ValueError, match="of other data"):
     runs.checkpoints(init, other, ones(TWO), KEY, at, directory=folder)
+
+
+def test_a_directory_knows_the_start_and_the_arrays_of_a_loss():
+  scale = lambda c: [
+    stage()._replace(loss=lambda p, ex: loss(p, ex) * jnp.asarray(c).sum())
+  ]
+  begin = lambda key: jax.tree.map(lambda x: 2 * x, init(key))
+  made = lambda start, c: runs.record(start, scale(c), [jnp.ones(10)], KEY)
+  one = made(init, np.ones(2))
+  assert made(init, np.ones(2)) == one
+  differ = lambda other: [k for k, x in one.items() if other[k] != x]
+  assert differ(made(init, 5 * np.ones(2))) == ["loss or optimizer"]
+  assert differ(made(begin, np.ones(2))) == ["start"]
+
+
+def test_more_examples_than_a_stage_has_room_for():
+  small = [TWO[0]._replace(size=6), TWO[1]]
+  params = runs.trainer(init, small)(ones(small), KEY)
+  assert all(bool(jnp.isnan(x).all()) for x in jax.tree.leaves(params))
+  with pytest.raises(ValueError, match=r"stage 0 keeps more .* size=6"):
+    runs.checkpoints(init, small, ones(small), KEY, [1])
 
 
 @pytest.mark.parametrize("at", [[], [0], [3, 3], [5, 2], [14]])

@@ -11,6 +11,22 @@ from tiny import dataset, init, loss
 from tda import smoothness
 from tda.trajectory import trainer
 
+
+def rounding(gradient, state, params=None):
+  return jax.tree.map(jnp.round, gradient), state
+
+
+def wrapping(tx):
+  """A transform of another library, with a state of its own."""
+
+  def update(gradient, state, params=None):
+    inner, count = state
+    updates, inner = tx.update(gradient, inner, params)
+    return updates, (inner, count + 1)
+
+  return optax.GradientTransformation(lambda p: (tx.init(p), 0), update)
+
+
 PARAMS = {"w": jnp.ones((3, 2)), "v": jnp.ones(2)}
 
 
@@ -30,7 +46,14 @@ SEARCH = optax.GradientTransformation(lambda p: (), searching)
   [
     (optax.lion(0.1), "scale_by_lion"),
     (optax.chain(optax.adam(0.1), optax.scale_by_sign()), "scale_by_sign"),
-    (optax.chain(optax.clip(1.0), optax.set_to_zero()), "set_to_zero"),
+    (
+      optax.chain(
+        optax.masked(optax.scale_by_sign(), True),
+        optax.masked(optax.scale(0.1), True),
+      ),
+      "masked",
+    ),
+    (optax.GradientTransformation(lambda p: (), jax.jit(rounding)), "rounding"),
   ],
 )
 def test_parts_whose_updates_do_not_move_are_named(optimizer, name):
@@ -53,6 +76,10 @@ def test_parts_without_reverse_derivatives_are_named():
       optax.ema(0.9),
     ),
     optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    optax.sgd(optax.linear_schedule(0.0, 0.1, 5)),
+    optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 9)),
+    optax.apply_every(2),
+    wrapping(optax.adam(0.1)),
     optax.adafactor(0.1),
     optax.rmsprop(0.1),
   ],

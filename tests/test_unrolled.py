@@ -11,7 +11,7 @@ import oracles
 import pytest
 from tiny import dataset, init, loss, measure, replayed
 
-from tda import meshes, runs
+from tda import meshes, replay, runs
 from tda.attribution import unrolled
 from tda.runs import Stage
 
@@ -89,6 +89,19 @@ def test_finite_differences_and_the_sign_of_scores():
   scores = got.scores()
   np.testing.assert_allclose(scores.values[4], -slope, rtol=1e-6)
   assert scores.values.shape == (10, 3) and scores.method == "unrolled"
+
+
+def test_trees_hold_all_steps_and_few_more():
+  for total in (1, 2, 6, 16, 65, 3125):
+    for levels in (1, 2, 3, 5):
+      found = replay.tree(jnp.arange(total)[:, None], levels)
+      flat = found.ravel()
+      assert found.ndim == levels + 1 and len({*found.shape[1:-1]}) <= 1
+      np.testing.assert_array_equal(flat[:total], np.arange(total))
+      assert (flat[total:] == -1).all()
+      below = flat.size // found.shape[0]
+      assert flat.size - total < below and found.shape[0] >= 1
+  assert replay.tree(jnp.zeros((3125, 1)), 5).shape == (5, 5, 5, 5, 5, 1)
 
 
 def test_an_example_that_takes_no_part_has_no_derivative():
@@ -213,13 +226,13 @@ def test_a_killed_replay_is_taken_up(tmp_path, monkeypatch):
     most.pop(0)
   got = unrolled.differentiate(*args, measure, directory=folder)
   states = ["state_0_1", "state_0_2", "state_0_3", "state_1_1", "state_1_2"]
-  back = ["back_1"] * 2 + ["back_0"] * 3
+  back = ["back_1_3"] * 2 + ["back_0_3"] * 3
   assert written == [*states, "value", *back]
   for x, y in zip(got.weights, want.weights, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
   with pytest.raises(ValueError, match="other measurements"):
     unrolled.differentiate(*args, lambda p: 2 * measure(p), directory=folder)
-  with pytest.raises(ValueError, match="another run: its weights differ"):
+  with pytest.raises(ValueError, match="results of other weights"):
     unrolled.differentiate(
       init, stages, [jnp.ones(10), jnp.zeros(7)], KEY, measure, directory=folder
     )
@@ -232,7 +245,18 @@ def test_what_cannot_be_differentiated_is_said():
     ValueError, match=r"stage 0 are not finite. scale_by_adam has.*eps_root"
   ):
     unrolled.differentiate(init, [still], [jnp.ones(10)], KEY, measure)
+  later = stage("adam")._replace(data=data, optimizer=optax.adam(0.02))
+  with pytest.raises(ValueError, match=r"stage 1 are not finite. scale_by_a"):
+    ones = [jnp.ones(10)] * 2
+    unrolled.differentiate(init, [stage("sgd"), later], ones, KEY, measure)
   sound = stage("sgd")
+  wild = sound._replace(optimizer=optax.sgd(1e30))
+  with pytest.raises(ValueError, match="measurement 0 is not finite at"):
+    unrolled.differentiate(init, [wild], [jnp.ones(10)], KEY, measure)
+  with pytest.raises(ValueError, match=r"of measurements, not shape \(\)"):
+    unrolled.differentiate(
+      init, [sound], [jnp.ones(10)], KEY, lambda p: measure(p).sum()
+    )
   with pytest.raises(ValueError, match="levels=0"):
     unrolled.differentiate(
       init, [sound], [jnp.ones(10)], KEY, measure, levels=0

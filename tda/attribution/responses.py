@@ -84,6 +84,23 @@ class Chain:
     return blocks
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("operators",), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Sum:
+  """Operators side by side, their results added."""
+
+  operators: tuple[Operator, ...]
+
+  def __call__(self, blocks: Blocks) -> Blocks:
+    """The sum."""
+    first, *others = (operator(blocks) for operator in self.operators)
+    for other in others:
+      first = {name: x + other[name] for name, x in first.items()}
+    return first
+
+
 def apply(operator: Operator, grads: Blocks) -> tuple[Blocks, Info | None]:
   """The response to blocks [Q, ...], and what a solver says of it."""
   inner = operator.operator if isinstance(operator, Cosine) else operator

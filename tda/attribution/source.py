@@ -26,8 +26,8 @@ H' = P^(1/2) H P^(1/2), so that
     u_ℓ = P^(1/2) (I − exp(−H')) H'⁻¹ P^(1/2) v_ℓ,
     v_{ℓ−1} = P^(−1/2) exp(−H') P^(1/2) v_ℓ = exp(−H P) v_ℓ.
 
-P of a block is taken to be of rank one, as Adafactor does: then the scaled
-gradients are outer products too, and EK-FAC is fitted to H' as it is to H.
+P of a block is taken to be of rank one: then the scaled gradients are outer
+products too, and EK-FAC is fitted to H' as it is to H.
 
 Where this departs from the paper. c is measured on the run, not read off a
 config, and what Adam's moments do with a perturbation is in it. The paper's
@@ -48,7 +48,7 @@ import numpy as np
 
 from tda import blocks, runs
 from tda.attribution import influence
-from tda.attribution.responses import Chain, Operator, Scaled
+from tda.attribution.responses import Chain, Identity, Operator, Scaled, Sum
 from tda.blocks import Blocks, Trace
 from tda.curvature import fitting
 from tda.curvature.kronecker import Curvature, Scales
@@ -175,6 +175,11 @@ def scorer(
         key=None if key is None else jax.random.fold_in(key, i),
         loop=stage,
       )["ekfac"]
+      if scales is not None and weight_decay:
+        raise ValueError(
+          f"weight_decay={weight_decay} is of an optimizer with one rate for"
+          f" all entries, and that of stage {segment.stage} has many: give 0"
+        )
       rate = segment.rate if scales is None else 1.0
       generated = Chain(
         (*later, generation(curvature, rate, weight_decay, scales)),
@@ -206,17 +211,20 @@ def survival(
   weight_decay: float = 0.0,
   scales: Scales | None = None,
 ) -> Operator:
-  """exp(−c (H + λ)): what is left of a perturbation after a segment."""
-  left = lambda x: jnp.exp(-rate * (jnp.maximum(x, 0) + weight_decay))
-  applied = _response(curvature, left, scales)
+  """exp(−c (H + λ)): what is left of a perturbation after a segment.
+
+  With scales v + P^(−1/2) (exp(−H') − I) P^(1/2) v, so that entries which do
+  not move keep theirs.
+  """
+  x = lambda values: -rate * (jnp.maximum(values, 0) + weight_decay)
   if scales is None:
-    return applied
+    return _response(curvature, lambda values: jnp.exp(x(values)), None)
+  lost = _response(curvature, lambda values: jnp.expm1(x(values)), scales)
   inverse = {}
   for name, (inputs, outputs) in scales.items():
     p = (outputs[..., :, None] * inputs[..., None, :]) ** 2
-    # An entry that does not move keeps its perturbation; its gradients are 0.
     inverse[name] = jnp.where(p > 0, 1 / jnp.where(p > 0, p, 1), 0)
-  return Chain((applied, Scaled(inverse)))
+  return Sum((Identity(), Chain((lost, Scaled(inverse)))))
 
 
 def generation(
@@ -233,16 +241,23 @@ def generation(
 def rank_one(rates: Blocks) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Scales of inputs and outputs whose squared products are near the rates.
 
-  Products of the sums of rows and of columns (Shazeer and Stern 2018), exact
-  where the rates of a group are of rank one. Negative ones count as 0.
+  Of rank one in the mean of their logarithms, so that the few entries of a
+  layer that hardly have gradients, and large rates, do not rule the others;
+  exact where the rates of a group are of rank one. Rows and columns in which
+  nothing moves have the scale 0.
   """
 
   def factored(c):
-    c = jnp.maximum(c, 0)
-    inputs, outputs = c.mean(axis=-2), c.mean(axis=-1)
-    mean = inputs.mean(axis=-1, keepdims=True)
-    inputs = inputs / jnp.where(mean > 0, mean, 1)
-    return jnp.sqrt(inputs), jnp.sqrt(outputs)
+    moving = c > 0
+    logs = jnp.log(jnp.where(moving, c, 1))
+    mean = lambda axis: (
+      jnp.sum(logs, axis=axis) / jnp.maximum(jnp.sum(moving, axis=axis), 1)
+    )
+    level = mean((-2, -1))[..., None]
+    scale = lambda x, axis: jnp.where(
+      moving.any(axis=axis), jnp.exp((x - level / 2) / 2), 0
+    )
+    return scale(mean(-2), -2), scale(mean(-1), -1)
 
   return {name: factored(c) for name, c in rates.items()}
 

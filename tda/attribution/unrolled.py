@@ -12,8 +12,8 @@ Memory. A stage of T steps is a tree of `levels` levels and arity
 k ≈ T^(1/levels), which keeps k states on each of them. The top level's are on
 disk if there is a directory, and then a run that was stopped is taken up from
 the last that was written, on the way back as on the way forth. On the device
-are levels · k states, and the work is `levels` forward passes and a backward
-one: 1 level keeps all T states, 2 keep 2 √T.
+are levels · k states, of which k are then on disk, and the work is `levels`
+forward passes and a backward one: 1 level keeps all T states, 2 keep 2 √T.
 
 The run's state at the start is an input like any other: `start` has its
 cotangent. A learning rate that the optimizer keeps in its state
@@ -30,11 +30,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tqdm
 from jax.sharding import Mesh
 
 from tda import checkpoints as disk
-from tda import meshes, records, replay, runs, smoothness
+from tda import meshes, replay, runs, smoothness
+from tda.parts import belongs
 from tda.replay import Walk
 from tda.runs import Stage
 from tda.scores import CHANGE, Scores
@@ -100,89 +102,129 @@ def differentiate(
   """
   if levels < 1:
     raise ValueError(f"levels={levels}: a run is kept in 1 level or more")
-  walked = replay.walks(init, [*stages], [*weights], key, mesh)
+  walked = replay.walks(init, stages, weights, key, mesh)
   trees = [replay.tree(orders, levels) for _, orders in walked]
+  walks = [walk for walk, _ in walked]
   params = meshes.replicate(init(jax.random.split(key)[0]), mesh)
+  shape = jax.eval_shape(measure, params).shape
+  if len(shape) != 1:
+    raise ValueError(
+      f"measure(params) returns a vector of measurements, not shape {shape}"
+    )
   for i, stage in enumerate(stages):
     smoothness.check(stage.optimizer, params, f"stage {i}")
-  record = runs.record(init, stages, weights, key) | {"levels": levels}
-  kept = _Kept(directory, record)
+  kept = _Kept(directory, lambda: _record(init, stages, weights, key, levels))
   total = 2 * sum(len(tree) for tree in trees)
-  forward, backward = jax.jit(Walk.forward), jax.jit(Walk.backward)
   with tqdm.tqdm(
     total=total, desc=label, unit="part", disable=not label
   ) as bar:
-    for i, (walk, _) in enumerate(walked):
-      state = jax.jit(Walk.enter)(walk, params)
-      kept.first(i, state)
-      for j, part in enumerate(trees[i]):
-        ahead = functools.partial(forward, walk, state, part)
-        state = kept.state(i, j + 1, state, ahead)
-        bar.update()
-      params = state.params
-    value, pull = jax.vjp(measure, params)
+    end = _forth(walks, trees, params, kept, bar)
+    value, after = _measured(measure, end, mesh)
     kept.measured(value)
-    after = _cotangents(value, pull, mesh)
     slopes: list[np.ndarray] = []
-    for i, (walk, _) in reversed([*enumerate(walked)]):
-      begun = kept.begun[i]
-      blank = _begun(walk, begun, after)
-      carry, left = kept.carry(i, blank, len(trees[i]))
-      bar.update(len(trees[i]) - left)
-      for j in reversed(range(left)):
-        carry = backward(walk, kept.state(i, j, begun), carry, trees[i][j])
-        kept.save(i, carry, j)
-        bar.update()
+    for i in reversed(range(len(stages))):
+      carry = _back(walks[i], trees[i], i, after, kept, bar)
       slopes.insert(0, meshes.fetch(carry[1])[: len(value)])
-      after = jax.jit(Walk.leave)(walk, begun.params, carry[0])
-  _check_finite(slopes, stages, params)
+      _check_finite(slopes[0], i, stages[i].optimizer, params)
+      after = jax.jit(Walk.leave)(walks[i], kept.begun[i].params, carry[0])
   ends = [meshes.fetch(x)[: len(value)] for x in carry[0]]
   start = replay.joined(ends, kept.begun[0], lambda x: None)
   return Derivative(meshes.fetch(value), slopes, start)
 
 
-def _cotangents(value: Array, pull: Callable, mesh: Mesh | None) -> PyTree:
-  """Of each measurement alone, their number filled up to the mesh's."""
-  lead = value.shape[0]
-  lead += -lead % (1 if mesh is None else mesh.shape["model"])
-  each = jnp.eye(lead, value.shape[0], dtype=value.dtype)
-  return jax.vmap(pull)(meshes.replicate(np.asarray(each), mesh))[0]
+def _forth(
+  walks: list[Walk],
+  trees: list[Array],
+  params: PyTree,
+  kept: "_Kept",
+  bar: tqdm.tqdm,
+) -> PyTree:
+  """The parameters that the run ends in; keeps the states on the way."""
+  forward = jax.jit(Walk.forward)
+  for i, (walk, tree) in enumerate(zip(walks, trees, strict=True)):
+    state = jax.jit(Walk.enter)(walk, params)
+    kept.begin(state)
+    for j, part in enumerate(tree):
+      ahead = functools.partial(forward, walk, state, part)
+      state = kept.state(i, j + 1, ahead)
+      bar.update()
+    params = state.params
+  return params
 
 
-def _begun(walk: Walk, end: State, after: PyTree) -> replay.Carry:
-  """What the way back through a stage begins with."""
+def _measured(
+  measure: Measure, params: PyTree, mesh: Mesh | None
+) -> tuple[Array, PyTree]:
+  """Measurements, and cotangents of each alone, filled up to the mesh."""
+
+  @jax.jit
+  def run(params):
+    value, pull = jax.vjp(measure, params)
+    lead = len(value) + -len(value) % (mesh.shape["model"] if mesh else 1)
+    each = jnp.eye(lead, len(value), dtype=value.dtype)
+    return value, replay.spread(jax.vmap(pull)(each)[0], mesh, "model")
+
+  value, after = run(params)
+  if not bool(jnp.isfinite(value).all()):
+    bad = int(np.argmin(np.isfinite(meshes.fetch(value))))
+    raise ValueError(
+      f"measurement {bad} is not finite at the end of the run: it diverged, and"
+      " needs a smaller learning rate, or the measurement has no value there"
+    )
+  return value, after
+
+
+def _back(
+  walk: Walk,
+  tree: Array,
+  stage: int,
+  after: PyTree,
+  kept: "_Kept",
+  bar: tqdm.tqdm,
+) -> replay.Carry:
+  """Cotangents of what a stage begins with, and slopes in its weights."""
+  begun = kept.begun[stage]
+  carry, left = kept.carry(stage, _blank(walk, begun, after), len(tree))
+  bar.update(len(tree) - left)
+  backward = jax.jit(Walk.backward)
+  for j in reversed(range(left)):
+    carry = backward(walk, kept.taken(stage, j), carry, tree[j])
+    kept.save(stage, carry, j)
+    bar.update()
+  return carry
+
+
+def _blank(walk: Walk, like: State, after: PyTree) -> replay.Carry:
+  """Cotangents of a state of which only the parameters are measured."""
   leaves = jax.tree.leaves(after)
-  lead = leaves[0].shape[0]
-  blank = lambda x: jnp.zeros((lead, *x.shape), x.dtype)
-  others = [blank(x) for x in replay.floats(end._replace(params=()))]
-  return [*leaves, *others], blank(walk.weights)
+  zeros = lambda x: jnp.zeros((leaves[0].shape[0], *x.shape), x.dtype)
+  others = [zeros(x) for x in replay.floats(like._replace(params=()))]
+  return [*leaves, *others], zeros(walk.weights)
+
+
+def _record(init, stages, weights, key, levels) -> dict[str, Any]:
+  return runs.record(init, stages, weights, key) | {"levels": levels}
 
 
 class _Kept:
   """States by stage and part, and the way back: on disk, or in memory."""
 
-  def __init__(self, directory: str | None, record: dict[str, Any]):
+  def __init__(self, directory: str | None, record: Callable[[], dict]):
     self.path = directory and pathlib.Path(directory)
     if self.path:
-      records.belongs(self.path, record)
-    self.begun: list[State] = []
+      belongs(self.path, record())
+    self.begun: list[State] = []  # by stage
     self.states: dict[tuple[int, int], State] = {}
 
-  def first(self, stage: int, state: State) -> None:
-    """The state that a stage begins with."""
+  def begin(self, state: State) -> None:
+    """Takes the state that the next stage begins with."""
     self.begun.append(state)
-    self.states[stage, 0] = state
 
-  def state(
-    self, stage: int, part: int, like: State, compute: Callable | None = None
-  ) -> State:
+  def state(self, stage: int, part: int, compute: Callable[[], State]) -> State:
     """A state that was kept, or one that is computed and kept."""
-    if (stage, part) in self.states:
-      return self.states[stage, part]
     folder = self._folder(f"state_{stage}_{part}")
     if folder and disk.exists(folder):
-      return disk.load(folder, like)
-    assert compute is not None
+      return disk.load(folder, self.begun[stage])
     state = compute()
     if folder:
       disk.save(folder, state)
@@ -190,15 +232,26 @@ class _Kept:
       self.states[stage, part] = state
     return state
 
+  def taken(self, stage: int, part: int) -> State:
+    """What a part of a stage begins with, for the last time."""
+    # The way back needs no later state any more.
+    self.states.pop((stage, part + 1), None)
+    if part == 0:
+      return self.begun[stage]
+    folder = self._folder(f"state_{stage}_{part}")
+    if folder:
+      return disk.load(folder, self.begun[stage])
+    return self.states[stage, part]
+
   def measured(self, value: Array) -> None:
     """Refuses the directory of other measurements."""
     folder = self._folder("value")
     if folder and disk.exists(folder):
       there = disk.load(folder, value)
-      if not np.allclose(there, value, rtol=1e-3):
+      if not np.allclose(meshes.fetch(there), meshes.fetch(value), rtol=1e-3):
         raise ValueError(
-          f"{self.path} holds the replay of other measurements, or of another"
-          " run: their values differ. Give this one another directory"
+          f"{self.path} holds the replay of other measurements: their values"
+          " differ. Give this one another directory, or delete that one"
         )
     elif folder:
       disk.save(folder, value)
@@ -207,7 +260,7 @@ class _Kept:
     self, stage: int, begun: replay.Carry, parts: int
   ) -> tuple[replay.Carry, int]:
     """How far the way back through a stage came, and the parts left of it."""
-    folder = self._folder(f"back_{stage}")
+    folder = self._back(stage, begun)
     if not (folder and disk.exists(folder)):
       return begun, parts
     carry, left = disk.load(folder, (begun, jnp.int32(parts)))
@@ -215,21 +268,26 @@ class _Kept:
 
   def save(self, stage: int, carry: replay.Carry, left: int) -> None:
     """Keeps how far the way back came."""
-    if folder := self._folder(f"back_{stage}"):
+    if folder := self._back(stage, carry):
       disk.save(folder, (carry, jnp.int32(left)))
+
+  def _back(self, stage: int, carry: replay.Carry) -> str | None:
+    # Meshes that fill the measurements up differently go back on their own.
+    return self._folder(f"back_{stage}_{len(carry[1])}")
 
   def _folder(self, name: str) -> str | None:
     return str(self.path / name) if self.path else None
 
 
 def _check_finite(
-  found: Sequence[np.ndarray], stages: Sequence[Stage], params: PyTree
+  slopes: np.ndarray,
+  stage: int,
+  optimizer: optax.GradientTransformation,
+  params: PyTree,
 ) -> None:
-  for i, slopes in enumerate(found):
-    bad = ~np.isfinite(slopes)
-    if bad.any():
-      raise ValueError(
-        f"{int(bad.sum())} of {bad.size} derivatives in the weights of stage"
-        f" {i} are not finite. "
-        + smoothness.explained(stages[i].optimizer, params)
-      )
+  bad = ~np.isfinite(slopes)
+  if bad.any():
+    raise ValueError(
+      f"{int(bad.sum())} of {bad.size} derivatives in the weights of stage"
+      f" {stage} are not finite. {smoothness.explained(optimizer, params)}"
+    )

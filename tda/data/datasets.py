@@ -135,6 +135,12 @@ def divide(data: Dataset, size: int, change: str) -> tuple[Dataset, Arrays]:
     change: "rotated" by a quarter turn, or "shifted" by a quarter of the
       picture down and to the right, what leaves it coming back on the other
       side.
+
+  Returns:
+    The set without them, and them.
+
+  Raises:
+    ValueError: no pictures, none or all of them, or turns of oblong ones.
   """
   if change not in CHANGES:
     raise ValueError(f"unknown change {change!r}; choose from {CHANGES}")
@@ -148,6 +154,10 @@ def divide(data: Dataset, size: int, change: str) -> tuple[Dataset, Arrays]:
   first = {name: x[:-size] for name, x in data.train.items()}
   second = {name: x[-size:] for name, x in data.train.items()}
   if change == "rotated":
+    if len({*data.image_shape}) > 1:
+      raise ValueError(
+        f"a quarter turn changes the shape of pictures {data.image_shape}"
+      )
     x = np.rot90(second["x"], axes=(1, 2))
   else:
     by = [side // 4 for side in data.image_shape]

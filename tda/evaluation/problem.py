@@ -73,8 +73,8 @@ class Problem(NamedTuple):
   def damping(self, text: str) -> Damping:
     """A damping by what a setting calls it.
 
-    "training" is 1 / Σ η over the steps of the run, with η / (1 − m) where
-    there is momentum m: the curvature below which a direction has not
+    "training" is 1 / Σ η over the steps of the first stage, with η / (1 − m)
+    where there is momentum m: the curvature below which a direction has not
     converged, and nobody has to retrain to know it (Bae et al. 2024).
     """
     if text != "training":
@@ -100,6 +100,11 @@ def build(setting: Setting, size: int | None = None) -> Problem:
     size: the most training examples that `train` keeps, all unless given; see
       `trajectory.trainer`.
   """
+  if setting.same_seed and setting.ensemble > 1:
+    raise ValueError(
+      f"same_seed repeats one run, and ensemble={setting.ensemble} has several:"
+      " make it 1"
+    )
   dataset = registry.load(
     setting.dataset,
     data_dir=setting.data_dir or None,
