@@ -137,7 +137,7 @@ def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch):
   for a, b in zip(found, runs.checkpoints(*args), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     assert a.rate == pytest.approx(b.rate)
-  with pytest.raises(ValueError, match=r"results of other key: give"):
+  with pytest.raises(ValueError, match="results of other key and start"):
     runs.checkpoints(*args[:3], jax.random.key(4), at, directory=folder)
   faster = [TWO[0], TWO[1]._replace(optimizer=optax.sgd(0.11))]
   with pytest.raises(ValueError, match="of other loss or optimizer"):

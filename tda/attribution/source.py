@@ -26,8 +26,8 @@ H' = P^(1/2) H P^(1/2), so that
     u_ℓ = P^(1/2) (I − exp(−H')) H'⁻¹ P^(1/2) v_ℓ,
     v_{ℓ−1} = P^(−1/2) exp(−H') P^(1/2) v_ℓ = exp(−H P) v_ℓ.
 
-P of a block is taken to be of rank one: then the scaled gradients are outer
-products too, and EK-FAC is fitted to H' as it is to H.
+P of a block is taken to be of rank one, as Adafactor does: then the scaled
+gradients are outer products too, and EK-FAC is fitted to H' as it is to H.
 
 Where this departs from the paper. c is measured on the run, not read off a
 config, and what Adam's moments do with a perturbation is in it. The paper's
@@ -241,23 +241,17 @@ def generation(
 def rank_one(rates: Blocks) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Scales of inputs and outputs whose squared products are near the rates.
 
-  Of rank one in the mean of their logarithms, so that the few entries of a
-  layer that hardly have gradients, and large rates, do not rule the others;
-  exact where the rates of a group are of rank one. Rows and columns in which
-  nothing moves have the scale 0.
+  Products of the sums of rows and of columns, which they keep (Shazeer and
+  Stern 2018), exact where the rates of a group are of rank one. Negative ones
+  count as 0.
   """
 
   def factored(c):
-    moving = c > 0
-    logs = jnp.log(jnp.where(moving, c, 1))
-    mean = lambda axis: (
-      jnp.sum(logs, axis=axis) / jnp.maximum(jnp.sum(moving, axis=axis), 1)
-    )
-    level = mean((-2, -1))[..., None]
-    scale = lambda x, axis: jnp.where(
-      moving.any(axis=axis), jnp.exp((x - level / 2) / 2), 0
-    )
-    return scale(mean(-2), -2), scale(mean(-1), -1)
+    c = jnp.maximum(c, 0)
+    inputs, outputs = c.mean(axis=-2), c.mean(axis=-1)
+    mean = inputs.mean(axis=-1, keepdims=True)
+    inputs = inputs / jnp.where(mean > 0, mean, 1)
+    return jnp.sqrt(inputs), jnp.sqrt(outputs)
 
   return {name: factored(c) for name, c in rates.items()}
 
