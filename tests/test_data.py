@@ -321,6 +321,7 @@ def test_missing_package_names_the_extra(monkeypatch, package):
 
 
 NOISY = ("mislabel", "selection")  # of another kind of setting
+LANGUAGE = ("stdlib_lm",)  # of a third
 SETS = ("along", "solvers")  # of other sizes than full and smoke
 
 
@@ -345,7 +346,7 @@ def test_config_along_the_run_has_every_size():
 CONFIGS = sorted(
   path.stem
   for path in pathlib.Path(configs.__path__[0]).glob("*.py")
-  if path.stem not in ("__init__", "defaults", *NOISY, *SETS)
+  if path.stem not in ("__init__", "defaults", *NOISY, *LANGUAGE, *SETS)
 )
 
 
