@@ -9,11 +9,10 @@ automatic differentiation of the run (Ilyas and Engstrom 2025, MAGIC; Engstrom
 et al. 2025, REPLAY), for all measurements in one replay (`tda.replay`).
 
 Memory. A stage of T steps is a tree of `levels` levels and arity
-k ≈ T^(1/levels), which keeps k states on each of them. The top level's are on
-disk if there is a directory, and then a run that was stopped is taken up from
-the last that was written, on the way back as on the way forth. On the device
-are levels · k states, of which k are then on disk, and the work is `levels`
-forward passes and a backward one: 1 level keeps all T states, 2 keep 2 √T.
+k ≈ T^(1/levels), of which levels · k states are kept at a time: 1 level keeps
+all T, 2 keep 2 √T. The work is `levels` forward passes and a backward one. With
+a directory the top level's states are on disk, and a run that was stopped is
+taken up from the last that was written, on the way back as on the way forth.
 
 The run's state at the start is an input like any other: `start` has its
 cotangent. A learning rate that the optimizer keeps in its state
