@@ -56,6 +56,27 @@ def test_scores_are_those_of_the_formula(loop):
     assert found.method == "trak" and found.coverage == 1
 
 
+def test_the_output_of_a_regression_is_its_prediction():
+  """In as many dimensions as a linear model has it is least squares' own."""
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(12, 3)), rng.normal(size=(12, 1))
+  objective = likelihoods.Objective(
+    lambda params, ex: ex["x"] @ params["w"],
+    likelihoods.gaussian(),
+    lambda ex: ex["y"],
+  )
+  with oracles.exactly():
+    params = {"w": jnp.asarray(rng.normal(size=(3, 1)))}
+    data = {"x": x, "y": y}
+    found = trak.attribute(
+      objective, [params], data, data, key=jax.random.key(5), dimension=3
+    ).values
+    residual = np.asarray(x @ params["w"] - y)[:, 0]
+    hat = x @ np.linalg.solve(x.T @ x, x.T)
+  want = residual[:, None] * hat * residual[None]
+  np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+
+
 def test_a_query_need_not_look_like_a_training_example():
   p = oracles.problem("tanh")
   measurement = lambda params, query: (

@@ -7,7 +7,8 @@ gradient under a random projection P,
 
 each factor averaged over an ensemble of models, trained on other subsets or
 with other seeds (Park et al. 2023). For classification f is
-the margin log(p / (1 − p)) and ∂ℓ/∂f = −(1 − p).
+the margin log(p / (1 − p)) and ∂ℓ/∂f = −(1 − p), for regression the prediction
+and its residual.
 
 Signs are those of all scores here: positive where leaving the example out
 raises the measurement. The paper's are for the margin as the measurement, and
@@ -60,8 +61,9 @@ def attribute(
     dimension: K. More than N makes ΦᵀΦ singular, which needs damping.
     damping: λ, relative to the mean eigenvalue of ΦᵀΦ.
     measurement: m(params, query) -> scalar; the loss unless given.
-    output: f(params, example) -> scalar; the margin unless given.
-    slope: ∂ℓ/∂f(params, example) -> scalar; that of the margin unless given.
+    output: f(params, example) -> scalar; unless given the model's output where
+      it is one number, and else the margin.
+    slope: ∂ℓ/∂f(params, example) -> scalar, given with the output.
     select: patterns of the blocks to attribute to, as in `blocks.trace`.
     loop: how to run over the data.
   """
@@ -69,10 +71,9 @@ def attribute(
     raise ValueError("TRAK needs one model or more")
   if (output is None) != (slope is None):
     raise ValueError("an output and its slope come together: give both")
-  if output is None or slope is None:
-    output = margin = likelihoods.margin(objective)
-    slope = lambda params, example: -jax.nn.sigmoid(-margin(params, example))
   n, example = streams.rows(train), streams.example(train)
+  if output is None or slope is None:
+    output, slope = _default(objective, models[0], example)
   if dimension > n and damping == 0:
     raise ValueError(
       f"dimension={dimension} of {n} examples leaves ΦᵀΦ of rank {n}: lower"
@@ -103,6 +104,22 @@ def attribute(
   return Scores(
     np.asarray(values, np.float32), "trak", CHANGE, 1, coverage=coverage(found)
   )
+
+
+def _default(
+  objective: Objective, params: PyTree, example: PyTree
+) -> tuple[Loss, Loss]:
+  """f and ∂ℓ/∂f of a model of one output, or of a classifier."""
+  if jax.eval_shape(objective.outputs, params, example).size == 1:
+    pull = jax.grad(objective.likelihood.loss)
+
+    def slope(params, example):
+      outputs = objective.outputs(params, example)
+      return pull(outputs, objective.target(example)).sum()
+
+    return lambda p, ex: objective.outputs(p, ex).sum(), slope
+  margin = likelihoods.margin(objective)
+  return margin, lambda p, ex: -jax.nn.sigmoid(-margin(p, ex))
 
 
 def _projected(
