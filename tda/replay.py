@@ -148,8 +148,8 @@ def tree(orders: Array, levels: int) -> Array:
     arity += 1
   below = arity ** (levels - 1)
   top = -(-total // below)
-  filler = jnp.full((top * below - total, width), -1, orders.dtype)
-  whole = jnp.concatenate([orders, filler])
+  fill = ((0, top * below - total), (0, 0))
+  whole = jnp.pad(orders, fill, constant_values=-1)
   return whole.reshape(top, *[arity] * (levels - 1), width)
 
 

@@ -183,14 +183,14 @@ def checkpoints(
         walk = _begun(State(params, stage.optimizer.init(params)))
       data, first = jax.tree.map(jnp.asarray, stage.data), begin
       advance = jax.jit(functools.partial(_advance, parts, stage.optimizer))
-      order = orders(parts, jnp.asarray(weights[i]), stage_key(order_key, i))
+      order = orders(parts, weights[i], stage_key(order_key, i))
       stops = [k for k in at if first < k <= ends[i]]
       for stop in dict.fromkeys([*stops, int(ends[i])]):
         if begin >= at[-1]:
           break
         kept = folders.load(stop, walk)
         if kept is None:
-          args = data, jnp.asarray(weights[i]), order
+          args = data, weights[i], order
           kept = advance(walk, *args, begin - first, stop - first)
           folders.save(stop, kept)
         walk, begin = kept, stop
@@ -296,10 +296,9 @@ def _added(moved: Array, pushed: Array) -> Array:
 
 def _signs(like: PyTree) -> PyTree:
   """d: +1 and −1 at random."""
-  leaves, treedef = jax.tree.flatten(like)
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  draw = lambda key, x: jax.random.rademacher(key, x.shape, x.dtype)
-  return jax.tree.unflatten(treedef, [*map(draw, keys, leaves)])
+  return optax.tree.random_like(
+    jax.random.key(0), like, sampler=jax.random.rademacher
+  )
 
 
 def _checkpoint(step: int, stage: int, walk: _Walk) -> Checkpoint:

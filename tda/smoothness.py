@@ -70,7 +70,7 @@ def check(
     ValueError: a part that cannot be differentiated in reverse, or whose result
       does not depend on the gradient to first order, by its name.
   """
-  normal = functools.partial(_normal, key=jax.random.key(0))
+  normal = functools.partial(optax.tree.random_like, jax.random.key(0))
   for name, dead, _ in _probed(optimizer, params, normal, owner):
     if dead:
       raise ValueError(
@@ -113,7 +113,7 @@ def _probed(
     update = lambda g: part.update(g, part.state, params)[0]
     try:
       value, pull = jax.vjp(update, gradient(params))
-      slopes = pull(_normal(value, jax.random.key(1)))[0]
+      slopes = pull(optax.tree.random_like(jax.random.key(1), value))[0]
     except (ValueError, TypeError, NotImplementedError) as error:
       raise ValueError(
         f"{part.name} in the optimizer of {owner} cannot be differentiated in"
@@ -158,13 +158,3 @@ def _taken_apart(update: Callable, state: PyTree) -> Iterator[_Part]:
       yield from _taken_apart(inner["tx"].update, state)
       return
   yield _Part(name, update, state)
-
-
-def _normal(like: PyTree, key: Array) -> PyTree:
-  leaves, treedef = jax.tree.flatten(like)
-  keys = jax.random.split(key, max(len(leaves), 1))
-  drawn = [
-    jax.random.normal(k, x.shape, x.dtype)
-    for k, x in zip(keys, leaves, strict=True)
-  ]
-  return jax.tree.unflatten(treedef, drawn)

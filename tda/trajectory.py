@@ -48,7 +48,8 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
-Loss = Callable[[PyTree, PyTree], jax.Array]  # params, one example -> []
+# params, one example -> scalar, or one value for each of its weights
+Loss = Callable[[PyTree, PyTree], jax.Array]
 Init = Callable[[jax.Array], PyTree]  # key -> params
 Train = Callable[[jax.Array, jax.Array], PyTree]  # weights, key -> params
 

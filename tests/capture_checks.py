@@ -60,22 +60,10 @@ def first(batch):
   return jax.tree.map(lambda x: x[0], batch)
 
 
-def quick(fn):
-  """jit for programs that run once: most of a test is their compilation."""
-  return jax.jit(
-    fn,
-    compiler_options={
-      "xla_backend_optimization_level": 0,
-      "xla_cpu_parallel_codegen_split_count": 1,
-      "xla_llvm_disable_expensive_passes": True,
-    },
-  )
-
-
 def collect(found, params, batch, *statistics, lanes=None, operands=None):
   """The statistics of a batch, with cotangents of one."""
 
-  @quick
+  @jax.jit
   def run(params, batch, lanes, operands):
     results = []
     for statistic in statistics:
@@ -91,7 +79,7 @@ def collect(found, params, batch, *statistics, lanes=None, operands=None):
 def check_gradients(found, loss, params, batch, *, rtol=1e-11, atol=1e-12):
   """Outputs and gradients of every example are those of `vmap(grad)`."""
 
-  @quick
+  @jax.jit
   def both(params, batch):
     outputs, backward = taps.linearize(found, taps.GRADIENT)(params, batch)
     grads = jax.vmap(lambda g: blocks.to_tree(found, g))(

@@ -1,4 +1,13 @@
-"""Eight fake devices, strict shapes, full-precision products."""
+"""Eight fake devices, strict shapes, full-precision products.
+
+Most of a test's time is the compiler's, so that programs are compiled with few
+optimizations, in the processes that tests start too. What a test says of the
+optimized program takes `optimized`.
+"""
+
+import os
+
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
@@ -13,3 +22,11 @@ def few_programs():
   """A process that keeps thousands of them runs out of memory maps."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture
+def optimized():
+  """Programs as users compile them."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)

@@ -3,7 +3,6 @@
 Shared by the tests of curvature, responses and scores, which run in float64.
 """
 
-import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -28,15 +27,6 @@ class Problem(NamedTuple):
   params: Any
   data: dict[str, np.ndarray]
   found: Trace
-
-
-@contextlib.contextmanager
-def exactly():
-  """Float64, and programs compiled with less effort than they are worth."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  with jax.enable_x64(True):
-    yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def affine(layer, x):

@@ -21,7 +21,7 @@ DAMPINGS = (spectral.relative(0.1), spectral.relative(0.01))
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

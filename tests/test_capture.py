@@ -15,7 +15,6 @@ from capture_checks import (
   collect,
   first,
   materialize,
-  quick,
   tail,
 )
 from control_cases import CONTROL
@@ -167,7 +166,7 @@ def test_second_moments_are_their_definition(name):
       dy = grad.reshape(outputs_shape)
       return inputs.reshape(*dy.shape[:-1], -1), dy
 
-    a, dy = quick(jax.vmap(factors_of))(batch)
+    a, dy = jax.jit(jax.vmap(factors_of))(batch)
     inputs = jnp.einsum("b...ti,b...tj->...ij", a, a)
     if found.blocks["w"].kind == "lookup":
       inputs = jnp.diagonal(inputs, axis1=-2, axis2=-1)
@@ -201,7 +200,7 @@ def test_blocks_and_trees_are_transposes(name):
   with jax.enable_x64(True):
     params, batch = materialize(case)
     found = blocks.trace(case.loss, params, first(batch))
-    values = quick(lambda p: blocks.to_blocks(found, p))(params)
+    values = jax.jit(lambda p: blocks.to_blocks(found, p))(params)
     size = sum(block.size for block in found.blocks.values())
     assert {k: v.size for k, v in values.items()} == {
       k: b.size for k, b in found.blocks.items()
@@ -211,8 +210,8 @@ def test_blocks_and_trees_are_transposes(name):
     other = {
       k: jnp.asarray(rng.normal(size=v.shape)) for k, v in values.items()
     }
-    tree = quick(lambda x: blocks.to_tree(found, x))(other)
-    again = quick(lambda x: blocks.to_blocks(found, x))(tree)
+    tree = jax.jit(lambda x: blocks.to_tree(found, x))(other)
+    again = jax.jit(lambda x: blocks.to_blocks(found, x))(tree)
     dot = lambda x, y: sum(
       jnp.vdot(u, v)
       for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
@@ -266,7 +265,7 @@ def test_norms_of_shared_parameters_have_cross_terms(name):
     params, batch = materialize(case)
     found = blocks.trace(case.loss, params, first(batch))
     (norms,) = collect(found, params, batch, NORMS)
-    grads = quick(jax.vmap(jax.grad(case.loss), (None, 0)))(params, batch)
+    grads = jax.jit(jax.vmap(jax.grad(case.loss), (None, 0)))(params, batch)
     total = sum(
       jnp.sum(g.reshape(BATCH, -1) ** 2, axis=1) for g in jax.tree.leaves(grads)
     )

@@ -14,7 +14,6 @@ from capture_checks import (
   collect,
   first,
   materialize,
-  quick,
   tail,
 )
 from control_cases import CONTROL, layer
@@ -208,7 +207,7 @@ def test_keys_constants_and_several_outputs():
     h = jnp.where(kept, h, 0)
     return {"first": h.sum(), "last": h @ p["w"]}
 
-  @quick
+  @jax.jit
   def captured(params, batch):
     found = blocks.trace(fn, params, first(batch))  # inside of jit as well
     outputs, backward = taps.linearize(found, taps.GRADIENT)(params, batch)
@@ -218,7 +217,7 @@ def test_keys_constants_and_several_outputs():
   def loss(p, ex):
     return sum(jnp.sum(x) for x in jax.tree.leaves(fn(p, ex)))
 
-  expected = quick(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
+  expected = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
   chex.assert_trees_all_close(captured(params, batch), expected, rtol=1e-5)
 
 
@@ -262,7 +261,7 @@ def test_selection_by_name(select, kept):
   }
   (got,) = collect(found, params, batch, taps.GRADIENT)
   grad = lambda p, ex: blocks.to_blocks(found, jax.grad(_mixed)(p, ex))
-  expected = quick(jax.vmap(grad, (None, 0)))(params, batch)
+  expected = jax.jit(jax.vmap(grad, (None, 0)))(params, batch)
   chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
   tree = jax.eval_shape(lambda g: blocks.to_tree(found, g), first(got))
   chex.assert_trees_all_equal_shapes(tree, params)

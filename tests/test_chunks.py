@@ -40,7 +40,7 @@ def test_count(size, need, expected):
   assert chunks.count(size, need) == expected
 
 
-def test_a_large_footprint_is_chunked_and_exact():
+def test_a_large_footprint_is_chunked_and_exact(optimized):
   # Two positions of a wide layer: gradients outweigh what they come from.
   def loss(params, x):
     return jnp.sum(jnp.sin(x @ params["w"]))

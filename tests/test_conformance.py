@@ -35,12 +35,11 @@ def compiled_once(tmp_path_factory):
     "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-    "jax_disable_most_optimizations": True,
   }
   for name, value in options.items():
     jax.config.update(name, value)
   yield
-  for name, value in zip(options, (None, 1.0, 0, False), strict=True):
+  for name, value in zip(options, (None, 1.0, 0), strict=True):
     jax.config.update(name, value)
 
 

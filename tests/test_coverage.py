@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capture_checks import Case, first, materialize, quick, tail
+from capture_checks import Case, first, materialize, tail
 from control_cases import scanned
 
 from tda import blocks
@@ -56,8 +56,8 @@ def test_counts_add_up():
 def test_shares_of_gradient_are_those_of_the_gradients():
   with jax.enable_x64(True):
     found, params, batch = _trace()
-    norms = quick(gradient_norms(found))(params, batch)
-    grads = quick(jax.vmap(jax.grad(_loss), (None, 0)))(params, batch)
+    norms = jax.jit(gradient_norms(found))(params, batch)
+    grads = jax.jit(jax.vmap(jax.grad(_loss), (None, 0)))(params, batch)
     square = lambda x: jnp.sum(x.reshape(x.shape[0], -1) ** 2, axis=1)
     expected = {
       "layers/w": square(grads["layers"]["w"]) + square(grads["layers"]["b"]),

@@ -17,7 +17,7 @@ Q = 3
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capture_checks import check_gradients, first, quick
+from capture_checks import check_gradients, first
 from language_models import EXTRA, VOCAB, draw, tiny, tokens
 
 from tda import blocks
@@ -15,7 +15,7 @@ FAMILIES = ("gpt2", "llama", "mixtral", "gpt_neox")
 
 
 def logits(config, params, *args):
-  apply = quick(decoder.Decoder(config).apply)
+  apply = jax.jit(decoder.Decoder(config).apply)
   return np.asarray(apply({"params": params}, *args))
 
 
@@ -69,7 +69,7 @@ def test_loops_and_remat_change_nothing(family):
       found = module.apply({"params": params}, tokens(6), segments)
       return jnp.sum(jnp.sin(found))
 
-    return quick(jax.grad(total))(params)
+    return jax.jit(jax.grad(total))(params)
 
   params = draw(tiny(family))
   plain = gradient(params)
@@ -100,7 +100,7 @@ def test_experts_are_their_formula():
   x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
   layers = draw(config)["blocks"]["experts"]
   params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), layers)
-  got = quick(feedforward.Experts(config).apply)({"params": params}, x)
+  got = jax.jit(feedforward.Experts(config).apply)({"params": params}, x)
   weights = {k: params[k]["kernel"] for k in params}
   for t, token in enumerate(x):
     scores = token @ weights["router"]

@@ -23,7 +23,7 @@ DAMPINGS = (spectral.relative(0.1), spectral.absolute(0.02))
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

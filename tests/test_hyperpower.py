@@ -17,13 +17,6 @@ ORDERS = (2, 3, 9)
 PAPER = 5e-5  # HyperINF's start
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_in_haste():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def turned(values, seed=0):
   """A symmetric float64 matrix of these eigenvalues."""
   values = np.asarray(values, float)

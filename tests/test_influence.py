@@ -25,7 +25,7 @@ RESPONSES = (*CURVED, "dot", "cosine", "curved_cosine")
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
 from tda.inverse import block_krylov, iterative, krylov, neumann
@@ -14,7 +13,7 @@ D, Q = 24, 5
 
 @pytest.fixture(autouse=True, scope="module")
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

@@ -19,7 +19,7 @@ DECAYS = {"b1": 0.8, "b2": 0.95, "eps": 1e-3}
 
 @pytest.fixture(autouse=True)
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

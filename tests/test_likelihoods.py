@@ -199,7 +199,7 @@ def test_bad_input_is_named(call, message):
 
 
 @pytest.mark.parametrize("product", ["hessian", "sqrt_hessian"])
-def test_many_directions_of_many_examples(product):
+def test_many_directions_of_many_examples(product, optimized):
   """XLA has miscompiled this at such sizes: see `_softmax_hessian`."""
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(1437, 10)).astype(np.float32)

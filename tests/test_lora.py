@@ -80,7 +80,7 @@ def test_the_merged_form_hides_the_adapters_from_capture():
 
 
 def test_shapes_and_scale_are_those_of_the_definition():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("mixed")
     adapt = lora.adapt(
       p.objective.outputs,
@@ -133,7 +133,7 @@ def test_adapters_start_at_the_model_and_their_variance_is_one_over_inputs():
 
 
 def test_optax_trains_adapters_and_influence_sees_them_alone():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     example = streams.example(p.data)
     adapt = lora.adapt(p.objective.outputs, p.params, example, rank=2)

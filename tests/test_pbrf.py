@@ -62,7 +62,7 @@ def explicit(p, weights, damping):
 
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_divergences_by_their_formulas(likelihood):
-  with oracles.exactly():
+  with jax.enable_x64(True):
     rng = np.random.default_rng(0)
     y, at = rng.normal(size=(2, 5))
     if likelihood == "categorical":
@@ -79,7 +79,7 @@ def test_divergences_by_their_formulas(likelihood):
 @pytest.mark.parametrize("step", [1.0, 0.25])
 def test_linear_regression_moves_by_its_closed_form(step):
   """(G − step G_m / N + λ) δ = step g_m / N, exactly, as F is quadratic."""
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("linear", "gaussian")
     solution = solve_at(p, 3, step)
     one = jax.tree.map(lambda x: x[3:4], p.data)
@@ -100,7 +100,7 @@ def test_linear_regression_moves_by_its_closed_form(step):
 )
 def test_error_of_first_order_has_slope_one_in_epsilon(name, likelihood):
   """δ / ε → −(G + λ)⁻¹ g, with an error that halves with ε."""
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem(name, likelihood)
     first = directions(p, DAMPING)[2] / oracles.N
     errors = []
@@ -115,7 +115,7 @@ def test_error_of_first_order_has_slope_one_in_epsilon(name, likelihood):
 @pytest.mark.parametrize("step", [0.3, -3.0])
 def test_minimum_is_that_of_the_definition(step):
   """Far from first order, against a general optimiser of another formula."""
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     weights = jnp.ones(oracles.N).at[1].add(-step)
     value, x = explicit(p, weights, DAMPING)
@@ -143,7 +143,7 @@ def test_minimum_is_that_of_the_definition(step):
 
 def test_damping_by_block_and_preconditioning():
   """λ of each block is its own; a preconditioner changes only the cost."""
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     damping = {k: 0.02 * (1 + i) for i, k in enumerate(p.found.blocks)}
     by_block = {k: jnp.full((1, 1, 1), v) for k, v in damping.items()}
@@ -196,7 +196,7 @@ CHOSEN = np.array([7, 0, 4])
 
 
 def test_responses_have_the_sign_of_leaving_out_and_two_orders():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     solve, measure, first = responding()
     first, error = np.asarray(first)[CHOSEN], {}
     for central in (False, True):
@@ -214,7 +214,7 @@ def test_responses_have_the_sign_of_leaving_out_and_two_orders():
 
 
 def test_a_second_call_reads_what_the_first_computed(tmp_path):
-  with oracles.exactly():
+  with jax.enable_x64(True):
     solve, measure, _ = responding()
     run = functools.partial(
       pbrf.responses, solve, measure, CHOSEN, oracles.N, directory=tmp_path
@@ -232,7 +232,7 @@ def test_a_second_call_reads_what_the_first_computed(tmp_path):
 
 
 def test_nothing_moves_when_nothing_changes_and_limits_hold():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     still = solve_at(p, 0, 0.0)
     assert float(jnp.abs(moved(p, still)).max()) == 0

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import conformance
-import jax
 import numpy as np
-import pytest
 from conformance import N, Variation
 
 from tda import meshes
@@ -24,7 +22,6 @@ import conftest, conformance, jax
 from tda import meshes
 from test_resume import VARIATION
 
-jax.config.update("jax_disable_most_optimizations", True)
 spread, left = meshes.spread, int(sys.argv[2])
 
 def killing(batch, over):
@@ -40,13 +37,6 @@ conformance.run(VARIATION._replace(loop=loop))
 """
 
 VARIATION = Variation(methods=("ekfac",), loop=Loop(2, save_every=0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def killed(folder: Path, at: int) -> None:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
 from tiny import dataset, init, loss
 
@@ -16,7 +15,7 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(autouse=True, scope="module")
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

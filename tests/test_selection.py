@@ -19,7 +19,7 @@ DAMPINGS = (0.1, 1.0)
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
 from tiny import dataset, init, loss
 
@@ -99,7 +98,7 @@ def test_what_fails_at_gradients_of_zero_is_explained():
 
 
 def run(rate, step, epochs=3):
-  with oracles.exactly():
+  with jax.enable_x64(True):
     train = trainer(
       loss, init, optax.sgd(rate), dataset(10), epochs=epochs, batch_size=5
     )
@@ -113,7 +112,7 @@ def run(rate, step, epochs=3):
 
 def test_metasmoothness_is_that_of_its_definition():
   train, (key, direction), got = run(0.2, 0.3)
-  with oracles.exactly():
+  with jax.enable_x64(True):
     v = jax.random.normal(direction, (10,))
     zero, one, two = (
       np.concatenate([x.ravel() for x in train(1 + k * 0.3 * v, key).values()])

@@ -22,7 +22,7 @@ TIGHT = Budget(limit=200, tolerance=1e-10, microbatch=4, minibatch=N)
 
 @pytest.fixture(autouse=True, scope="module")
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

@@ -19,7 +19,7 @@ from tda.runs import Stage
 
 @pytest.fixture(autouse=True, scope="module")
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

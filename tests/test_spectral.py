@@ -19,7 +19,7 @@ DAMPINGS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

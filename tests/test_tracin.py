@@ -12,7 +12,7 @@ from tda.runs import Checkpoint
 
 
 def test_checkpoints_are_weighted_by_what_was_applied():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     points = [
       Checkpoint(
@@ -41,7 +41,7 @@ def test_checkpoints_are_weighted_by_what_was_applied():
 
 
 def test_entries_have_rates_of_their_own():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     rates = jax.tree.map(lambda x: jnp.abs(x) + 0.1, p.params)
     point = Checkpoint(5, 0, p.params, (), rates, 1.0, 1.0)

@@ -19,7 +19,7 @@ KEY, K, Q = jax.random.key(0), 3, 4
 
 @pytest.fixture(autouse=True)
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

@@ -27,7 +27,7 @@ def signs(p, key):
 
 @pytest.mark.parametrize("loop", [Loop(), Loop(4)])
 def test_scores_are_those_of_the_formula(loop):
-  with oracles.exactly():
+  with jax.enable_x64(True):
     p = oracles.problem("tanh")
     queries = {k: x[:3] for k, x in p.data.items()}
     models = [p.params, jax.tree.map(lambda x: 1.3 * x, p.params)]
@@ -65,7 +65,7 @@ def test_the_output_of_a_regression_is_its_prediction():
     likelihoods.gaussian(),
     lambda ex: ex["y"],
   )
-  with oracles.exactly():
+  with jax.enable_x64(True):
     params = {"w": jnp.asarray(rng.normal(size=(3, 1)))}
     data = {"x": x, "y": y}
     found = trak.attribute(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracles
 import pytest
 from tiny import dataset, init, loss, measure, replayed
 
@@ -32,7 +31,7 @@ OPTIMIZERS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def exactly():
-  with oracles.exactly():
+  with jax.enable_x64(True):
     yield
 
 

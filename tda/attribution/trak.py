@@ -84,8 +84,11 @@ def attribute(
   _, measurements = _projected(
     measurement or objective.loss, models[0], asked, select
   )
-  slopes = jax.jit(jax.vmap(slope, (None, 0)))
-  data = jax.tree.map(jnp.asarray, train)
+
+  def slopes(params, batch):
+    found = jax.vmap(slope, (None, 0))(params, batch.rows)
+    return found, jnp.isfinite(found)
+
   products, weights = [], []
   for i, params in enumerate(models):
     rows = projections.rademacher(found, jax.random.fold_in(key, i), dimension)
@@ -99,7 +102,10 @@ def attribute(
     level = damping * np.trace(kernel_KxK) / dimension
     kernel_KxK += level * np.eye(dimension)
     products.append(phi_NxK @ np.linalg.solve(kernel_KxK, query_QxK.T))
-    weights.append(np.asarray(slopes(params, data), np.float64))
+    third = stage.stage("slopes")
+    weights.append(
+      streams.each(slopes, params, train, third).astype(np.float64)
+    )
   values = np.mean(products, axis=0) * np.mean(weights, axis=0)[:, None]
   return Scores(
     np.asarray(values, np.float32), "trak", CHANGE, 1, coverage=coverage(found)

@@ -112,7 +112,8 @@ def differentiate(
     )
   for i, stage in enumerate(stages):
     smoothness.check(stage.optimizer, params, f"stage {i}")
-  kept = _Kept(directory, lambda: _record(init, stages, weights, key, levels))
+  own = runs.record(init, stages, weights, key) if directory else {}
+  kept = _Kept(directory, own | {"levels": levels})
   total = 2 * sum(len(tree) for tree in trees)
   with tqdm.tqdm(
     total=total, desc=label, unit="part", disable=not label
@@ -201,17 +202,13 @@ def _blank(walk: Walk, like: State, after: PyTree) -> replay.Carry:
   return [*leaves, *others], zeros(walk.weights)
 
 
-def _record(init, stages, weights, key, levels) -> dict[str, Any]:
-  return runs.record(init, stages, weights, key) | {"levels": levels}
-
-
 class _Kept:
   """States by stage and part, and the way back: on disk, or in memory."""
 
-  def __init__(self, directory: str | None, record: Callable[[], dict]):
+  def __init__(self, directory: str | None, record: dict[str, Any]):
     self.path = directory and pathlib.Path(directory)
     if self.path:
-      belongs(self.path, record())
+      belongs(self.path, record)
     self.begun: list[State] = []  # by stage
     self.states: dict[tuple[int, int], State] = {}
 

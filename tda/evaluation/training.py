@@ -60,18 +60,6 @@ def trainer(
   A `jax.tree_util.Partial` that holds the data. With a `size` below N more
   weights than that give NaN.
   """
-  if len(stages) == 1:
-    (stage,) = stages
-    return trajectory.trainer(
-      stage.loss,
-      init,
-      stage.optimizer,
-      stage.data,
-      epochs=stage.epochs,
-      batch_size=stage.batch_size,
-      size=size,
-      masked=stage.masked,
-    )
 
   def train(data, weights, key):
     held = [s._replace(data=d) for s, d in zip(stages, data, strict=True)]
