@@ -29,7 +29,7 @@ from absl import app, flags, logging
 from experiments import subjects
 from experiments.subjects import Subject
 from tda import blocks, gradients, planning, streams
-from tda.attribution import influence
+from tda.attribution import products
 from tda.curvature import kronecker
 from tda.models.config import DecoderConfig
 
@@ -135,8 +135,8 @@ def steps(given: Subject) -> dict[str, Step]:
     "plain gradient": Step(plain, (params, batch), None),
     "covariances": captured(kronecker.MOMENTS, None, planning.moments),
     "eigenvalues": captured(kronecker.SQUARES, basis, planning.squares),
-    "scores of 16": captured(influence.DOT, directions, planning.dots(QUERIES)),
-    "self-influence": captured(influence.SELF, pairs, planning.squares),
+    "scores of 16": captured(products.DOT, directions, planning.dots(QUERIES)),
+    "self-influence": captured(products.SELF, pairs, planning.squares),
     "vmap(grad), 16": Step(materialised, (params, batch, directions), None),
   }
 

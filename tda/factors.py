@@ -14,7 +14,7 @@ Accumulation is in float32, or in float64 when the gradients are.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,6 @@ class Dense:
 Factors: TypeAlias = Outer | Lookup | Dense
 
 
-class Moments(NamedTuple):
-  """Sums over examples and positions; a side is a matrix or its diagonal."""
-
-  inputs: Array  # [G, I, I], or [G, I] for lookups
-  outputs: Array  # [G, O, O], or [G, O] for diagonal blocks
-  positions: Array  # [] how many terms `inputs` sums
-
-
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
   """The dtype in which sums of `dtype` are kept."""
   return jnp.promote_types(dtype, jnp.float32)
@@ -83,55 +75,12 @@ def gradient(factors: Factors) -> Array:
   if isinstance(factors, Lookup):
     ids_BxT, dy_BxTxO = factors.ids, factors.dy
     rows = jax.vmap(
-      lambda i, d: _rows(factors.rows, i, d, accumulator(d.dtype))
+      lambda i, d: scattered(factors.rows, i, d, accumulator(d.dtype))
     )
     return rows(ids_BxT, dy_BxTxO).swapaxes(1, 2)[:, None]
   grad_BxGxOxI, *bias_BxGxO = _gradient_parts(factors)
   columns = [bias[..., None] for bias in bias_BxGxO]
   return jnp.concatenate([grad_BxGxOxI, *columns], axis=-1)
-
-
-def moments(factors: Factors, lanes: Array | None, diagonal: bool) -> Moments:
-  """Second moments of inputs and output gradients, summed over the batch.
-
-  Args:
-    factors: of the batch.
-    lanes: [B] 0/1, the examples that count; None for all. Examples that do
-      not count must already have zero output gradients.
-    diagonal: keep only the diagonal of the output side.
-  """
-  if isinstance(factors, Dense):
-    return moments(_column(factors), lanes, diagonal)
-  if isinstance(factors, Lookup):
-    ids_BxT, dy_BxTxO = factors.ids, factors.dy
-    dtype = accumulator(dy_BxTxO.dtype)
-    ones_BxT = jnp.ones(ids_BxT.shape, dtype)
-    if lanes is not None:
-      ones_BxT = ones_BxT * lanes[:, None]
-    counts_I = _rows(factors.rows, ids_BxT.reshape(-1), ones_BxT.reshape(-1, 1))
-    return Moments(
-      counts_I[:, 0][None], _gram(dy_BxTxO[:, None]), ones_BxT.sum()
-    )
-  a_BxGxTxI, dy_BxGxTxO = factors.a, factors.dy
-  dtype = accumulator(dy_BxGxTxO.dtype)
-  batch, groups, positions, _ = a_BxGxTxI.shape
-  masked = a_BxGxTxI
-  count = jnp.asarray(batch * positions, dtype)
-  if lanes is not None:
-    masked = a_BxGxTxI * lanes[:, None, None, None].astype(a_BxGxTxI.dtype)
-    count = lanes.sum(dtype=dtype) * positions
-  inputs = _gram(a_BxGxTxI, masked)
-  if factors.bias:
-    ones_GxI = _total(masked, (0, 2))
-    corner = jnp.broadcast_to(count, (groups, 1))
-    edge_GxI = jnp.concatenate([ones_GxI, corner], axis=-1)
-    inputs = jnp.concatenate([inputs, ones_GxI[:, None]], axis=1)
-    inputs = jnp.concatenate([inputs, edge_GxI[..., None]], axis=2)
-  if diagonal:
-    outputs = _total(jnp.square(dy_BxGxTxO.astype(dtype)), (0, 2))
-  else:
-    outputs = _gram(dy_BxGxTxO)
-  return Moments(inputs, outputs, count)
 
 
 def rotate(
@@ -146,9 +95,9 @@ def rotate(
   if isinstance(factors, Dense):
     grad = factors.grad
     if inputs is not None:
-      grad = _einsum("bgoi,gij->bgoj", grad, inputs)
+      grad = einsum("bgoi,gij->bgoj", grad, inputs)
     if outputs is not None:
-      grad = _einsum("bgoi,gop->bgpi", grad, outputs)
+      grad = einsum("bgoi,gop->bgpi", grad, outputs)
     return Dense(grad)
   if isinstance(factors, Lookup):
     if inputs is not None:
@@ -182,17 +131,17 @@ def dot(factors: Factors, directions: Array) -> Array:
   flat = lambda x: x.reshape(x.shape[0], -1)
   if isinstance(factors, Lookup) and _is_sparse(factors):
     picked_BxTxQxO = _at(directions, factors)
-    return _einsum("bto,btqo->bq", factors.dy, picked_BxTxQxO)
+    return einsum("bto,btqo->bq", factors.dy, picked_BxTxQxO)
   if not isinstance(factors, Outer):
-    return _matmul(flat(gradient(factors)), flat(directions).T)
+    return matmul(flat(gradient(factors)), flat(directions).T)
   batch, _, positions, width = factors.a.shape
   if positions == 1 and queries < width:
     return _dot_single(factors, directions)
   if not factors.bias or batch < queries:
-    return _matmul(flat(gradient(factors)), flat(directions).T)
+    return matmul(flat(gradient(factors)), flat(directions).T)
   grad, bias = _gradient_parts(factors)
   weights, column = directions[..., :width], directions[..., width]
-  return _matmul(flat(grad), flat(weights).T) + _matmul(
+  return matmul(flat(grad), flat(weights).T) + matmul(
     flat(bias), flat(column).T
   )
 
@@ -202,7 +151,7 @@ def squares(factors: Factors) -> Array:
   if isinstance(factors, Lookup) and _is_sparse(factors):
     once = _merged(factors)
     squared_NxO = jnp.square(once.dy).reshape(-1, once.dy.shape[-1])
-    return _rows(once.rows, once.ids.reshape(-1), squared_NxO).T[None]
+    return scattered(once.rows, once.ids.reshape(-1), squared_NxO).T[None]
   if not isinstance(factors, Outer):
     return jnp.sum(jnp.square(gradient(factors)), axis=0)
   if factors.a.shape[2] == 1:
@@ -221,7 +170,7 @@ def weighted_norm(factors: Factors, weights: Array) -> Array:
       dataclasses.replace(once, dy=jnp.square(once.dy)), weights[None]
     )[:, 0]
   squared = jnp.square(gradient(factors))
-  return _matmul(squared.reshape(squared.shape[0], -1), weights.reshape(-1))
+  return matmul(squared.reshape(squared.shape[0], -1), weights.reshape(-1))
 
 
 def norm(factors: Factors) -> Array:
@@ -235,8 +184,8 @@ def norm(factors: Factors) -> Array:
     a2_BxG = jnp.sum(jnp.square(a), axis=(2, 3)) + float(factors.bias)
     return jnp.sum(a2_BxG * jnp.sum(jnp.square(dy), axis=(2, 3)), axis=1)
   grad, *bias = _gradient_parts(factors)
-  total = jnp.square(grad).sum(axis=(1, 2, 3))
-  return total + sum(jnp.square(x).sum(axis=(1, 2)) for x in bias)
+  squares_B = jnp.square(grad).sum(axis=(1, 2, 3))
+  return squares_B + sum(jnp.square(x).sum(axis=(1, 2)) for x in bias)
 
 
 def entries(factors: Factors, directions: Any = None) -> int:
@@ -262,10 +211,10 @@ def entries(factors: Factors, directions: Any = None) -> int:
 def gradient_sum(factors: Outer) -> Array:
   """Sum over the batch of the gradients [G, O, I]."""
   a, dy = factors.a, factors.dy
-  grad_GxOxI = _einsum("gno,gni->goi", _positions(dy), _positions(a))
+  grad_GxOxI = einsum("gno,gni->goi", all_positions(dy), all_positions(a))
   if not factors.bias:
     return grad_GxOxI
-  return jnp.concatenate([grad_GxOxI, _total(dy, (0, 2))[..., None]], axis=-1)
+  return jnp.concatenate([grad_GxOxI, total(dy, (0, 2))[..., None]], axis=-1)
 
 
 def _dot_single(factors: Outer, directions: Array) -> Array:
@@ -277,11 +226,11 @@ def _dot_single(factors: Outer, directions: Array) -> Array:
     one = jnp.ones((batch, groups, 1), a_BxGxI.dtype)
     a_BxGxI = jnp.concatenate([a_BxGxI, one], axis=-1)
   if groups > 1:
-    hidden = _einsum("bgi,qgoi->bqgo", a_BxGxI, directions)
-    return _einsum("bqgo,bgo->bq", hidden, dy_BxGxO)
-  hidden = _matmul(a_BxGxI[:, 0], directions.reshape(-1, inputs).T)
+    hidden = einsum("bgi,qgoi->bqgo", a_BxGxI, directions)
+    return einsum("bqgo,bgo->bq", hidden, dy_BxGxO)
+  hidden = matmul(a_BxGxI[:, 0], directions.reshape(-1, inputs).T)
   hidden_BxQxO = hidden.reshape(batch, queries, outputs)
-  return _einsum("bqo,bo->bq", hidden_BxQxO, dy_BxGxO[:, 0])
+  return einsum("bqo,bo->bq", hidden_BxQxO, dy_BxGxO[:, 0])
 
 
 def _gradient_parts(factors: Outer) -> tuple[Array, ...]:
@@ -294,10 +243,10 @@ def _gradient_parts(factors: Outer) -> tuple[Array, ...]:
     a, dy = _upcast(a_BxGxTxI[:, :, 0]), _upcast(dy_BxGxTxO[:, :, 0])
     grad_BxGxOxI = dy[..., None] * a[:, :, None]
   else:
-    grad_BxGxOxI = _einsum("bgto,bgti->bgoi", dy_BxGxTxO, a_BxGxTxI)
+    grad_BxGxOxI = einsum("bgto,bgti->bgoi", dy_BxGxTxO, a_BxGxTxI)
   if not factors.bias:
     return (grad_BxGxOxI,)
-  return grad_BxGxOxI, _total(dy_BxGxTxO, (2,))
+  return grad_BxGxOxI, total(dy_BxGxTxO, (2,))
 
 
 def _squared(factors: Outer) -> Outer:
@@ -305,19 +254,7 @@ def _squared(factors: Outer) -> Outer:
   return Outer(square(factors.a), square(factors.dy), factors.bias)
 
 
-def _column(factors: Dense) -> Outer:
-  """A gradient that is one column, as an outer product with the scalar 1."""
-  grad_BxGxOxI = factors.grad
-  if grad_BxGxOxI.shape[-1] != 1:
-    raise ValueError(
-      "second moments per position are lost once a gradient is materialised; "
-      f"got gradients of shape {grad_BxGxOxI.shape}"
-    )
-  dy = grad_BxGxOxI.swapaxes(2, 3)
-  return Outer(jnp.ones((*dy.shape[:3], 1), dy.dtype), dy)
-
-
-def _rows(
+def scattered(
   rows: int, ids_N: Array, values_NxO: Array, dtype: jnp.dtype | None = None
 ) -> Array:
   """Sums of values by index [rows, O]."""
@@ -341,7 +278,7 @@ def _merged(factors: Lookup) -> Lookup:
   first_BxT = jnp.argmax(same_BxTxT, axis=2) == own_1xT
   kept_BxT = first_BxT & (ids_BxT >= 0) & (ids_BxT < factors.rows)
   chosen_BxTxT = (same_BxTxT & kept_BxT[:, :, None]).astype(factors.dy.dtype)
-  summed_BxTxO = _einsum("bts,bso->bto", chosen_BxTxT, factors.dy)
+  summed_BxTxO = einsum("bts,bso->bto", chosen_BxTxT, factors.dy)
   return dataclasses.replace(factors, dy=summed_BxTxO)
 
 
@@ -357,7 +294,7 @@ def _looked_up(table_IxX: Array, factors: Lookup) -> Array:
   )
 
 
-def _positions(x_BxGxTxD: Array) -> Array:
+def all_positions(x_BxGxTxD: Array) -> Array:
   """All positions of all examples in one axis [G, B*T, D]."""
   batch, groups, positions, width = x_BxGxTxD.shape
   if groups == 1:
@@ -365,24 +302,16 @@ def _positions(x_BxGxTxD: Array) -> Array:
   return x_BxGxTxD.swapaxes(0, 1).reshape(groups, batch * positions, width)
 
 
-def _gram(x_BxGxTxD: Array, y_BxGxTxD: Array | None = None) -> Array:
-  """Sums over positions of x yᵀ [G, D, D]; y = x unless given."""
-  x_GxNxD = _positions(x_BxGxTxD)
-  y_GxNxD = x_GxNxD if y_BxGxTxD is None else _positions(y_BxGxTxD)
-  if x_GxNxD.shape[0] == 1:
-    return _matmul(x_GxNxD[0].T, y_GxNxD[0])[None]
-  return _einsum("gni,gnj->gij", x_GxNxD, y_GxNxD)
-
-
 def _project(x_BxGxTxD: Array, basis_GxDxE: Array) -> Array:
   batch, groups, positions, width = x_BxGxTxD.shape
   if groups == 1:
-    flat = _matmul(_upcast(x_BxGxTxD).reshape(-1, width), basis_GxDxE[0])
+    flat = matmul(_upcast(x_BxGxTxD).reshape(-1, width), basis_GxDxE[0])
     return flat.reshape(batch, 1, positions, -1)
-  return _einsum("bgti,gij->bgtj", _upcast(x_BxGxTxD), basis_GxDxE)
+  return einsum("bgti,gij->bgtj", _upcast(x_BxGxTxD), basis_GxDxE)
 
 
-def _total(x: Array, axes: tuple[int, ...]) -> Array:
+def total(x: Array, axes: tuple[int, ...]) -> Array:
+  """Sums in the accumulator's dtype."""
   return jnp.sum(x, axis=axes, dtype=accumulator(x.dtype))
 
 
@@ -390,11 +319,13 @@ def _upcast(x: Array) -> Array:
   return x.astype(accumulator(x.dtype))
 
 
-def _matmul(x: Array, y: Array) -> Array:
+def matmul(x: Array, y: Array) -> Array:
+  """The product in the accumulator's dtype."""
   dtype = accumulator(jnp.promote_types(x.dtype, y.dtype))
   return jnp.matmul(x, y, preferred_element_type=dtype)
 
 
-def _einsum(spec: str, *operands: Array) -> Array:
+def einsum(spec: str, *operands: Array) -> Array:
+  """The same of any contraction."""
   dtype = accumulator(jnp.result_type(*operands))
   return jnp.einsum(spec, *operands, preferred_element_type=dtype)

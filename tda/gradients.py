@@ -57,7 +57,10 @@ def backward_pass(
   pseudo = labels_lib.cotangents(objective, labels)
 
   def run_pass(params, batch, operands=None, key=None):
-    outputs, backward = run(params, batch.rows, operands, batch.lanes)
+    segments = None
+    if objective.segments is not None:
+      segments = jax.vmap(objective.segments)(batch.rows)
+    outputs, backward = run(params, batch.rows, operands, batch.lanes, segments)
     keys = None
     if labels.kind == "sampled" and key is not None:
       keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.positions)

@@ -44,11 +44,17 @@ class Likelihood(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """A model's outputs, the likelihood on them, and where the target is."""
+  """A model's outputs, the likelihood on them, and where the target is.
+
+  Of examples that are sequences `segments` says which part each position is of,
+  example -> int [T], from 1 on: rows of several documents are attributed one by
+  one, and padding, of part 0, is left out of the curvature's inputs.
+  """
 
   outputs: Callable[[PyTree, PyTree], jax.Array]  # (params, example) -> array
   likelihood: Likelihood
   target: Callable[[PyTree], PyTree]  # example -> target
+  segments: Callable[[PyTree], jax.Array] | None = None
 
   def loss(self, params: PyTree, example: PyTree) -> jax.Array:
     """The training loss of one example, a scalar."""

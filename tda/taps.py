@@ -37,9 +37,10 @@ class Statistic(NamedTuple):
   """What is kept of one block's per-example gradients.
 
   Attributes:
-    compute: (block, factors of the batch, lanes [B] or None, operand) ->
-      pytree, for one layer of a stacked block. Each leaf is [B, ...] if
-      `per_example`, else summed over the batch.
+    compute: (block, factors of the batch, lanes, operand) -> pytree, for one
+      layer of a stacked block. Each leaf is [B, ...] if `per_example`, else
+      summed over the batch. Lanes are None, [B] of 0/1, the examples that
+      count, or [B, T], the part that each position is of, 0 for none.
     per_example: see `compute`.
     linear: whether, for this block, the statistic of a parameter used several
       times is the sum of its uses' statistics. If not, the example's gradient
@@ -69,7 +70,8 @@ def linearize(
   """The traced function over a batch, and its backward pass to statistics.
 
   Returns:
-    run(params, batch, operands=None, lanes=None) -> (outputs, backward).
+    run(params, batch, operands=None, lanes=None, segments=None) -> (outputs,
+      backward).
     Outputs have a leading batch axis; backward(cotangents of the outputs)
     gives {block name: statistic}. A stacked block's statistic has the stack
     axes first, or right after the batch axis where it is per example.
@@ -78,6 +80,8 @@ def linearize(
       `statistic.compute` receives; None where there is none.
     lanes: [B] of 0/1, the examples that count; None counts all. Cotangents of
       the others are ignored.
+    segments: [B, T] of numbers from 1 on, the part of a sequence that each
+      position is of; 0 for those that are of none.
 
   Cost: a forward pass, the activations' half of a backward pass and the
   statistic.
@@ -97,14 +101,15 @@ def linearize(
     key = keys[use.path, use.operand]
     return _tapped(taps[key], use, equation)(*values[key], lane, w, x)
 
-  def run(params, batch, operands=None, lanes=None):
+  def run(params, batch, operands=None, lanes=None, segments=None):
     check_structure(found, params, batch)
     operands = operands or {}
     leaves = jax.tree.leaves(params)
     size = jax.tree.leaves(batch)[0].shape[0]
     token = jnp.zeros(size) if lanes is None else lanes.astype(jnp.float32)
+    counted = _counted(lanes, segments)
     shapes = {
-      key: _tap_shape(tap, operands.get(tap.block.name), size, lanes)
+      key: _tap_shape(tap, operands.get(tap.block.name), size, counted)
       for key, tap in taps.items()
     }
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -113,9 +118,8 @@ def linearize(
       for key, tap in taps.items()
     }
 
-    def one(values, example, token, counts):
+    def one(values, example, lane):
       inputs = jax.tree.leaves(example)
-      lane = evaluating.Lane(token, counts)
       return evaluating.evaluate(
         found.program, by_path, leaves, inputs, values, riders, lane, visit
       )
@@ -125,8 +129,8 @@ def linearize(
         key: (zeros[key], operands.get(tap.block.name) if tap.direct else None)
         for key, tap in taps.items()
       }
-      batched = jax.vmap(one, (axes, 0, 0, 0), axis_size=size)
-      return batched(values, batch, token, lanes)
+      batched = jax.vmap(one, (axes, 0, 0), axis_size=size)
+      return batched(values, batch, evaluating.Lane(token, lanes, segments))
 
     outputs, pull = jax.vjp(every, zeros)
 
@@ -135,7 +139,7 @@ def linearize(
       if lanes is not None:
         flat = [_scaled(ct, lanes) for ct in flat]
       (values,) = pull(flat)
-      return _finish(found, statistic, taps, values, operands, lanes)
+      return _finish(found, statistic, taps, values, operands, counted)
 
     treedef = jax.tree.structure(found.program.outputs)
     return jax.tree.unflatten(treedef, outputs), backward
@@ -271,17 +275,17 @@ def _tapped(tap: _Tap, use: Use, equation: Callable) -> Callable:
   generic = bool(use.reason)
 
   @custom_vmap
-  def collect(zero, operand, counts, x, dy):
+  def collect(zero, operand, counts, segments, x, dy):
     return zero  # one example alone; the batch rule below is what runs
 
   @collect.def_vmap
-  def collect_batch(size, batched, zero, operand, counts, x, dy):
-    _, _, *batched = batched
-    counts, x, dy = _batch((counts, x, dy), tuple(batched), size)
+  def collect_batch(size, batched, zero, operand, *rows):
+    counts, segments, x, dy = _batch(rows, tuple(batched[2:]), size)
     if counts is not None:
       # Not a product: what does not count may be infinite or NaN.
       x, dy = jax.tree.map(lambda v: evaluating.kept(counts, v), (x, dy))
-    value = _collect(tap, use, operand, counts, x, dy)
+    lanes = _counted(counts, segments)
+    value = _collect(tap, use, operand, lanes, x, dy)
     return value, jax.tree.map(lambda _: tap.statistic.per_example, value)
 
   def primal(zero, operand, lane, w, x):
@@ -295,7 +299,7 @@ def _tapped(tap: _Tap, use: Use, equation: Callable) -> Callable:
 
   def backward(residuals, dy):
     zero, operand, lane, w, x = residuals
-    value = collect(zero, operand, lane.counts, x, dy)
+    value = collect(zero, operand, lane.counts, lane.segments, x, dy)
     dx = None
     if not generic and jnp.issubdtype(jnp.result_type(x), jnp.floating):
       (dx,) = jax.vjp(lambda x: equation(w, x), x)[1](dy)
@@ -320,6 +324,13 @@ def _spread_batch(size, batched, x, token):
 def _batch(tree: PyTree, batched: PyTree, size: int) -> PyTree:
   repeat = lambda v: jnp.broadcast_to(v, (size, *jnp.shape(v)))
   return jax.tree.map(lambda v, b: v if b else repeat(v), tree, batched)
+
+
+def _counted(counts: Array | None, segments: Array | None) -> Array | None:
+  """What a statistic is told of the examples: `lanes`."""
+  if counts is None or segments is None:
+    return counts if segments is None else segments
+  return jnp.where(counts[:, None] != 0, segments, 0)
 
 
 def _scaled(ct: Array, lanes: Array) -> Array:

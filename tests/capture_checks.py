@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import blocks, factors, taps
+from tda import blocks, factors, moments, taps
 
 BATCH = 4
 ROWS = 6  # of every table
@@ -111,7 +111,7 @@ def check_case(case: Case) -> None:
 
 
 MOMENTS = taps.Statistic(
-  lambda block, parts, lanes, operand: factors.moments(
+  lambda block, parts, lanes, operand: moments.moments(
     parts, lanes, diagonal=block.kind == "diagonal"
   ),
   per_example=False,

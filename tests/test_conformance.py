@@ -11,7 +11,7 @@ import pytest
 from conformance import METHODS, ORDER, PAIRWISE, N, Q, Variation
 
 from tda import gradients, meshes, streams
-from tda.attribution import baselines, influence
+from tda.attribution import baselines, products
 from tda.curvature import kronecker
 from tda.streams import Loop
 
@@ -21,8 +21,8 @@ SAME = 1e-5
 STATISTICS = {
   "moments": kronecker.MOMENTS,
   "squares": kronecker.SQUARES,
-  "products": influence.DOT_AND_SQUARE,
-  "self": influence.SELF,
+  "products": products.DOT_AND_SQUARE,
+  "self": products.SELF,
   "inputs": baselines.INPUTS,
 }
 SMALL = Variation(loop=Loop(4), query_batch=2)

@@ -11,7 +11,7 @@ from oracles import N, T
 
 from tda.curvature import dense, fitting, kronecker
 from tda.curvature.kronecker import Basis
-from tda.factors import Moments
+from tda.moments import Moments
 from tda.streams import Loop
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from capture_checks import quick
 
-from tda import factors
+from tda import factors, moments
 
 B, O, I = 5, 3, 4  # noqa: E741
 
@@ -125,7 +125,7 @@ def test_rotation(name, sides):
 def moments_of(made, lanes):
   padded = zeroed(made, lanes)
   return {
-    (masked, diagonal): factors.moments(
+    (masked, diagonal): moments.moments(
       padded if masked else made, lanes if masked else None, diagonal
     )
     for masked in (True, False)
@@ -163,7 +163,7 @@ def zeroed(made, lanes):
 def test_moments_of_a_materialised_matrix_are_refused():
   made = make("dense")[0]
   with pytest.raises(ValueError, match="once a gradient is materialised"):
-    factors.moments(made, None, False)
+    moments.moments(made, None, False)
 
 
 @pytest.mark.parametrize("name", [k for k in KINDS if "dense" not in k])
@@ -178,7 +178,7 @@ def test_products_of_bfloat16_accumulate_in_float32(name):
   eps = float(jnp.finfo(jnp.float32).eps)
   everything = lambda made: (
     factors.gradient(made),
-    factors.moments(made, None, False),
+    moments.moments(made, None, False),
     factors.norm(made),
     factors.squares(made),
   )

@@ -10,6 +10,7 @@ removal). Any number of responses is scored in one pass over the training set.
 Notation: N training examples, Q queries, B batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -18,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import factors, gradients, meshes, streams, taps
-from tda.attribution.responses import Cosine, Identity, Operator, apply
-from tda.blocks import Blocks, Trace
-from tda.inverse.iterative import Info
+from tda import gradients, meshes, streams, taps
+from tda.attribution import directions, products
+from tda.attribution.responses import Cosine, Identity, Operator
+from tda.blocks import Trace
 from tda.inverse.spectral import Response
 from tda.likelihoods import Objective
 from tda.scores import CHANGE, SIMILARITY, Scores
-from tda.streams import Batch, Loop
+from tda.streams import Loop
 
 Array = jax.Array
 PyTree: TypeAlias = Any
@@ -38,6 +39,8 @@ def scorer(
   measurement: Callable[[PyTree, PyTree], Array] | None = None,
   query_batch: int = 64,
   by_site: bool = False,
+  rank: int | None = None,
+  shares: str = "rows",
 ) -> Callable[..., dict[str, Scores]]:
   """Scores of every training example for every query.
 
@@ -50,48 +53,30 @@ def scorer(
       for each such batch, at the memory of `query_batch` copies of the
       parameters for each response.
     by_site: also return the scores of each block.
+    rank: holds queries as matrices of this rank, in as much less memory
+      (`segments.compress`; Grosse et al. 2023, §3.2.2); None keeps them whole.
+    shares: of what scores are: "rows" of the data, "segments" (the P parts of
+      `objective.segments`, as documents of packed rows) or "tokens". Those of a
+      row's parts add up to its own.
 
   Returns:
     score(params, train, queries, responses, *, query_params=None, loop=Loop())
-    -> {name: Scores}, values [N, Q]. Train and queries are pytrees of arrays
-    with leading axes N and Q; responses are linear operators on block
-    coordinates, or `Cosine` of one, by name. The queries' gradients are taken
-    at `query_params` if these are given. A second call compiles nothing again.
+    -> {name: Scores}, values [N, Q], of segments [N, P, Q] and of tokens [N, T,
+    Q]. Train and queries are pytrees of arrays with leading axes N and Q;
+    responses are linear operators on block coordinates, or `Cosine` of one, by
+    name. The queries' gradients are taken at `query_params` if these are given.
+    A second call compiles nothing again.
   """
   if query_batch < 1:
     raise ValueError(f"query_batch must be positive, got {query_batch}")
-  query_gradients = jax.jit(_query_gradients(found, objective, measurement))
+  products.check_shares(found, objective, shares)
+  ask = directions.asker(found, objective, measurement, rank)
+  keep = 1 if shares == "rows" else 2
 
-  def products(statistic):
-    dot = gradients.backward_pass(found, objective, statistic)
-
-    def run(operands, batch):
-      values, finite = dot(operands[0], batch, operands[1])
-      total = _sum_sites(values)
-      finite &= jnp.isfinite(total).all(axis=1)
-      return (values if by_site else {"": total}), finite
-
-    return run
-
-  runs = {False: products(DOT), True: products(DOT_AND_SQUARE)}
-  stack = jax.jit(lambda many: _stack(found, many))
-
-  def directions(params, queries, index, responses, loop):
-    """Responses of the queries [*stack, responses * Q, G, O, I] by block, and
-    how solvers ended by response."""
-    rows = jax.tree.map(lambda x: np.asarray(x)[index], queries)
-    batch = Batch(rows, index.astype(np.int32), None)
-    batch = meshes.replicate(batch, loop.mesh)
-    grads, finite = query_gradients(params, batch)
-    finite = meshes.fetch(finite)
-    if not finite.all():
-      bad = index[int(np.argmin(finite))]
-      raise ValueError(
-        f"the measurement of query {bad}, or its gradient, is not finite"
-      )
-    answers = {k: apply(r, grads) for k, r in responses.items()}
-    infos = {k: info for k, (_, info) in answers.items() if info is not None}
-    return stack([blocks for blocks, _ in answers.values()]), infos
+  @functools.cache
+  def passing(cosine, count):
+    statistic = products.of_shares(shares, cosine, count)
+    return _passing(found, objective, statistic, keep, by_site)
 
   def score(
     params, train, queries, responses, *, query_params=None, loop=Loop()
@@ -106,24 +91,36 @@ def scorer(
     if query_params is not None:
       asked = meshes.replicate(query_params, loop.mesh)
     cosine = any(isinstance(r, Cosine) for r in responses.values())
-    run, norms, pieces, infos = runs[cosine], None, [], []
+    if cosine and shares == "tokens":
+      raise ValueError("a token has no cosine: ask for rows or segments")
+    count = 0
+    if shares == "segments":
+      count = products.parts_of(objective, train)
+    run, norms, pieces, infos = passing(cosine, count), None, [], []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
     for i, index in enumerate(splits):
-      answers, info = directions(asked, queries, index, responses, loop)
-      operands = (params, answers)
+      answers, info = ask(asked, queries, index, responses, loop)
       infos.append(info)
       stage = loop
       if len(splits) > 1:
         stage = loop.stage(f"queries {i + 1} of {len(splits)}")
-      values = streams.each(run, operands, train, stage)
+      values = streams.each(run, (params, answers), train, stage)
       if cosine:
-        values, norms = _without_squares(values)
-      # [N, *stack, responses, queries]: the leading axes of blocks come first.
+        values, norms = _without_squares(values, keep)
+      # [N, *stack, (P,) responses, queries]: leading axes of blocks come first.
       shape = (len(responses), len(index))
       pieces.append(
         {k: x.reshape(*x.shape[:-1], *shape) for k, x in values.items()}
       )
-    return _results(found, responses, pieces, norms, infos, by_site)
+    found_infos = directions.joined(infos)
+    results = _results(found, responses, pieces, norms, keep)
+    return {
+      name: scores._replace(
+        info=found_infos.get(name),
+        by_site=scores.by_site if by_site else None,
+      )
+      for name, scores in results.items()
+    }
 
   return score
 
@@ -135,9 +132,10 @@ def self_influence(
   train: PyTree,
   response: Response | Identity,
   *,
+  shares: str = "rows",
   loop: Loop = Loop(),
 ) -> Scores:
-  """(1/N) ∇ℓᵀ R ∇ℓ of every training example, [N].
+  """(1/N) ∇ℓᵀ R ∇ℓ of every training example, [N], or [N, P] of its segments.
 
   How much an example's own loss rises when it is left out; large for examples
   that are mislabelled or that nothing else teaches.
@@ -146,10 +144,17 @@ def self_influence(
     raise ValueError(
       f"self-influence needs a spectral response or Identity(), not {response}"
     )
-  n = streams.rows(train)
+  products.check_shares(found, objective, shares)
+  if shares == "tokens":
+    raise ValueError("a token has no self-influence: ask for rows or segments")
+  n, count = streams.rows(train), 0
+  if shares == "segments":
+    count = products.parts_of(objective, train)
   _check_blocks(found, {"response": response})
-  run = gradients.summed_over_blocks(found, objective, SELF)
-  values = run(params, train, pairs(found, response), loop=loop)
+  statistic = products.of_themselves(shares, count)
+  keep = 0 if shares == "rows" else 1
+  run = gradients.summed_over_blocks(found, objective, statistic, keep=keep)
+  values = run(params, train, products.pairs(found, response), loop=loop)
   return Scores(
     values / n,
     method="self-influence",
@@ -161,11 +166,29 @@ def self_influence(
   )
 
 
-def pairs(found: Trace, response: Response | Identity) -> PyTree:
-  """The operands of `SELF` for a response, by block."""
-  if isinstance(response, Identity):
-    return {}
-  return {k: (response.basis[k], response.weights[k]) for k in found.blocks}
+def relative(scores: Scores, own: Scores) -> Scores:
+  """ℓ-RelatIF (Barshan et al. 2020): influence for the same change of its own.
+
+  Scores [N, (P,) Q] divided by √(∇ℓᵀ R ∇ℓ) of each training example, from its
+  self-influence [N, (P,)] by the same response: examples that move everything,
+  themselves first, no longer come first for every query.
+  """
+  if own.values.shape != scores.values.shape[:-1] or own.unit != CHANGE:
+    raise ValueError(
+      f"self-influence of shape {own.values.shape} for scores of"
+      f" {scores.values.shape}: it is of the same examples, by"
+      " `self_influence`"
+    )
+  size = np.sqrt(own.values * own.normaliser)
+  sites = scores.by_site and {
+    k: _divided(x, size) for k, x in scores.by_site.items()
+  }
+  return scores._replace(
+    values=_divided(scores.values, size),
+    by_site=sites,
+    method=f"relative {scores.method}",
+    unit=SIMILARITY,
+  )
 
 
 def coverage(found: Trace) -> float:
@@ -174,86 +197,24 @@ def coverage(found: Trace) -> float:
   return tracked / sum(math.prod(leaf.shape) for leaf in found.leaves)
 
 
-DOT = taps.Statistic(
-  lambda block, parts, lanes, directions: factors.dot(parts, directions),
-  per_example=True,
-  linear=lambda block: True,
-  footprint=factors.entries,
-)
-"""Inner products with directions [*stack, Q, G, O, I]."""
+def _passing(
+  found: Trace,
+  objective: Objective,
+  statistic: taps.Statistic,
+  keep: int,
+  by_site: bool,
+) -> Callable:
+  """The products of a batch's gradients, by block or summed as {"": ...}."""
+  run = gradients.backward_pass(found, objective, statistic)
 
+  def products_of(operands, batch):
+    params, directions = operands
+    values, finite = run(params, batch, directions)
+    total = products.sum_sites(values, keep)
+    finite &= jnp.isfinite(total).reshape(total.shape[0], -1).all(axis=1)
+    return (values if by_site else {"": total}), finite
 
-def _dot_and_square(block, parts, lanes, directions):
-  del block, lanes
-  squares = factors.norm(parts)[:, None]
-  return jnp.concatenate([factors.dot(parts, directions), squares], axis=1)
-
-
-DOT_AND_SQUARE = taps.Statistic(
-  _dot_and_square,
-  per_example=True,
-  linear=lambda block: False,
-  footprint=factors.entries,
-)
-"""The same, then the squared norm of each example's gradient."""
-
-
-def _quadratic(block, parts, lanes, pair):
-  del block, lanes
-  if pair is None:
-    return factors.norm(parts)
-  basis, weights = pair
-  return factors.weighted_norm(factors.rotate(parts, *basis), weights)
-
-
-SELF = taps.Statistic(
-  _quadratic,
-  per_example=True,
-  linear=lambda block: False,
-  footprint=lambda parts, pair: factors.entries(parts),
-)
-"""Quadratic form of each example's gradient in (basis, weights) or in I."""
-
-
-def _query_gradients(found, objective, measurement) -> Callable:
-  """(params, batch) -> ∇m by block [Q, *stack, G, O, I], finite [Q]."""
-  if measurement is None:
-    run = gradients.per_example(found, objective)
-  else:
-    run = gradients.of_measurement(found, measurement)
-
-  def checked(params, batch):
-    grads, finite = run(params, batch)
-    for x in grads.values():
-      finite &= jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
-    return grads, finite
-
-  return checked
-
-
-def _stack(found: Trace, many: Sequence[Blocks]) -> Blocks:
-  """Blocks of several responses [*stack, responses * Q, G, O, I]."""
-  joined = {k: jnp.concatenate([m[k] for m in many]) for k in many[0]}
-  return {
-    name: jnp.moveaxis(x, 0, len(found.blocks[name].stack))
-    for name, x in joined.items()
-  }
-
-
-def _joined(infos: Sequence[Mapping[str, Info]], name: str) -> Info | None:
-  """How the solves of all batches of queries ended."""
-  known = [info[name] for info in infos if name in info]
-  if not known:
-    return None
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *known)
-
-
-def _sum_sites(sites: Mapping[str, Any], keep: int = 1) -> Any:
-  """Sum over blocks and stacks, of arrays [N, *stack, *kept axes]."""
-  return sum(
-    x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
-    for x in sites.values()
-  )
+  return products_of
 
 
 def _results(
@@ -261,8 +222,7 @@ def _results(
   responses: Mapping[str, Operator],
   pieces: Sequence[Mapping[str, np.ndarray]],
   norms: np.ndarray | None,
-  infos: Sequence[Mapping[str, Info]],
-  by_site: bool,
+  keep: int,
 ) -> dict[str, Scores]:
   """Scores of every response from the products of each batch of queries."""
   sites = {
@@ -272,9 +232,7 @@ def _results(
   results = {}
   for i, (name, response) in enumerate(responses.items()):
     mine = {k: x[..., i, :] for k, x in sites.items()}
-    scores = _scores(found, name, response, mine, norms)
-    scores = scores._replace(info=_joined(infos, name))
-    results[name] = scores if by_site else scores._replace(by_site=None)
+    results[name] = _scores(found, name, response, mine, norms, keep)
   return results
 
 
@@ -282,17 +240,18 @@ def _scores(
   found: Trace,
   name: str,
   response: Operator,
-  products: Mapping[str, np.ndarray],
+  mine: Mapping[str, np.ndarray],
   norms: np.ndarray | None,
+  keep: int,
 ) -> Scores:
-  """From inner products by block [N, *stack, Q] and gradient norms [N]."""
+  """From inner products [N, *stack, (P,) Q] by block and norms [N, (P)]."""
   cosine = isinstance(response, Cosine)
-  n = len(next(iter(products.values())))
+  n = len(next(iter(mine.values())))
   divisor = norms if cosine and norms is not None else np.full(n, float(n))
-  sites = {k: _divided(x, divisor) for k, x in products.items()}
+  sites = {k: _divided(x, divisor) for k, x in mine.items()}
   inner = response.operator if isinstance(response, Cosine) else response
   return Scores(
-    _sum_sites(sites),
+    products.sum_sites(sites, keep),
     method=name,
     unit=SIMILARITY if cosine else CHANGE,
     normaliser=1 if cosine else n,
@@ -304,16 +263,19 @@ def _scores(
 
 
 def _without_squares(
-  values: Mapping[str, np.ndarray],
+  values: Mapping[str, np.ndarray], keep: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Splits `DOT_AND_SQUARE`: products by block, norms of the gradients [N]."""
-  squares = _sum_sites({k: x[..., -1:] for k, x in values.items()})[:, 0]
+  """Products by block, and the norms of the gradients [N, (P)] behind them."""
+  last = {k: x[..., -1:] for k, x in values.items()}
+  squares = products.sum_sites(last, keep)[..., 0]
   return {k: x[..., :-1] for k, x in values.items()}, np.sqrt(squares)
 
 
 def _divided(x: np.ndarray, divisor: np.ndarray) -> np.ndarray:
-  """x [N, ...] / divisor [N]; zero where the divisor is."""
-  divisor = divisor.reshape(-1, *[1] * (x.ndim - 1))
+  """x [N, ..., (P,) Q] / divisor [N, (P)]; zero where the divisor is."""
+  n, *parts = divisor.shape
+  between = [1] * (x.ndim - 1 - divisor.ndim)
+  divisor = divisor.reshape(n, *between, *parts, 1)
   return np.divide(x, divisor, out=np.zeros_like(x), where=divisor > 0)
 
 

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import blocks, gradients, likelihoods, projections, streams
-from tda.attribution.influence import DOT, coverage
+from tda.attribution.influence import coverage
+from tda.attribution.products import DOT
 from tda.blocks import Trace
 from tda.likelihoods import Loss, Objective
 from tda.scores import CHANGE, Scores

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import factors, taps
+from tda import moments as moments_lib
 from tda.blocks import Blocks
 from tda.curvature.labels import Labels
-from tda.factors import Moments
+from tda.moments import Moments
 
 Array = jax.Array
 
@@ -68,7 +69,7 @@ class Curvature(NamedTuple):
 
 def _moments(block, parts, lanes, operand):
   del operand
-  return factors.moments(parts, lanes, diagonal=block.kind == "diagonal")
+  return moments_lib.moments(parts, lanes, diagonal=block.kind == "diagonal")
 
 
 MOMENTS = taps.Statistic(

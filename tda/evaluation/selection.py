@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tda import blocks, gradients, streams
-from tda.attribution import influence
+from tda.attribution import influence, products
 from tda.attribution.responses import Cosine, Identity, Operator
 from tda.blocks import Blocks, Trace
 from tda.curvature import fitting, operators
@@ -315,10 +315,10 @@ def _series(found: Trace, objective: Objective, steps: int) -> Callable:
 
 def _self(found: Trace, objective: Objective) -> Callable[..., np.ndarray]:
   """⟨R ∇ℓ, ∇ℓ⟩ [N] for spectral responses and `Identity`."""
-  quadratic = gradients.summed_over_blocks(found, objective, influence.SELF)
+  quadratic = gradients.summed_over_blocks(found, objective, products.SELF)
 
   def run(params, train, response, *, loop=Loop()):
-    pairs = influence.pairs(found, response)
+    pairs = products.pairs(found, response)
     return quadratic(params, train, pairs, loop=loop)
 
   return run

@@ -24,6 +24,13 @@ from tda.models.config import DecoderConfig
 from tda.models.feedforward import Experts, feed_forward
 
 PyTree = Any
+SITES = {
+  "mlp": ("*/mlp_*",),
+  "linear": ("blocks*/kernel",),
+  "all": None,
+}
+"""Blocks to attribute to, as `select` of `tda.blocks.trace` has them: the MLPs
+as in Grosse et al. (2023), every linear map of the blocks, all parameters."""
 
 
 class Block(nn.Module):
@@ -118,7 +125,12 @@ def objective(config: DecoderConfig, reduction: str = "sum") -> Objective:
     return cast(jax.Array, logits)
 
   target = lambda example: (example["y"], example["mask"])
-  return Objective(outputs, token_categorical(reduction), target)
+
+  def segments(example: PyTree) -> jax.Array:
+    found = example.get("segments")
+    return jnp.ones_like(example["x"]) if found is None else found
+
+  return Objective(outputs, token_categorical(reduction), target, segments)
 
 
 def shapes(config: DecoderConfig) -> PyTree:

@@ -22,10 +22,13 @@ class Lane(NamedTuple):
       to differ from example to example.
     counts: 0 for padding and in the branch of a cond that is not taken, else
       1; None where it is always 1.
+    segments: [T] which part of a sequence each position belongs to, 0: none;
+      None where the example is one.
   """
 
   token: Array
   counts: Array | None
+  segments: Array | None = None
 
 
 Taps: TypeAlias = Mapping[Any, Any]
@@ -147,7 +150,7 @@ def _enter_cond(walk, eqn, inputs, here, taps, lane) -> list[Any]:
     def run(index, taps, lane, operands):
       taken = (index == k).astype(lane.token.dtype)
       counts = taken if lane.counts is None else taken * lane.counts
-      inner = Lane(lane.token, counts)
+      inner = lane._replace(counts=counts)
       return _evaluate(walk, body, consts, operands, (*here, k), taps, inner)
 
     return run

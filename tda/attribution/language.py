@@ -1,0 +1,114 @@
+"""Attribution in language models: queries in words, scores by document.
+
+    rows = packing.pack(text.encode(texts, tokenizer), length)
+    found = blocks.trace(objective.outputs, params, streams.example(rows),
+                         select=decoder.SITES["mlp"])
+    score = influence.scorer(found, objective, shares="segments")
+    scores = score(params, rows, queries, {"ekfac": inverse})
+    language.by_document(scores["ekfac"], rows)   # values [D, Q]
+
+A query is a prompt and a completion, and its measurement −log p(completion |
+prompt): a positive score says that the completion would be less likely without
+the document (Grosse et al. 2023, §3, whose scores are of log p for adding it).
+
+Notation: D documents, Q queries, N rows, P segments of a row, T positions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tda.data import packing
+from tda.data.packing import Rows
+from tda.data.text import Tokenizer
+from tda.likelihoods import Objective
+from tda.scores import Scores
+
+PyTree = Any
+
+
+def completions(
+  pairs: Sequence[tuple[str, str]],
+  tokenizer: Tokenizer,
+  length: int | None = None,
+) -> Rows:
+  """Queries [Q, T] of which only the completion is measured.
+
+  Args:
+    pairs: a prompt and its completion, as text; a space between them belongs to
+      one of the two.
+    tokenizer: that of the model.
+    length: T; that of the longest pair unless given.
+
+  Raises:
+    ValueError: no pairs, or one whose prompt or completion has no tokens, or
+      that is longer than `length`, by its place.
+  """
+  if not pairs:
+    raise ValueError("no queries: give a prompt and a completion, or more")
+  encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
+  if length is None:
+    length = max(len(prompt) + len(answer) for prompt, answer in encoded) - 1
+  rows = []
+  for i, (prompt, answer) in enumerate(encoded):
+    try:
+      rows.append(packing.completion(prompt, answer, length))
+    except ValueError as error:
+      raise ValueError(f"query {i}, {pairs[i]!r}: {error}") from error
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def contrastive(objective: Objective) -> Callable[[PyTree, PyTree], jax.Array]:
+  """log p(other) − log p(wanted) as a measurement, of a pair of queries.
+
+  Of queries {"wanted": rows, "other": rows}, for example of two completions of
+  one prompt: what made the model prefer the first. What they have in common
+  cancels.
+  """
+
+  def difference(params: PyTree, query: PyTree) -> jax.Array:
+    wanted = objective.loss(params, query["wanted"])
+    return wanted - objective.loss(params, query["other"])
+
+  return difference
+
+
+def by_document(
+  scores: Scores, rows: Rows, documents: int | None = None
+) -> Scores:
+  """Scores [D, Q] of documents, from those of the segments of packed rows.
+
+  Args:
+    scores: by `influence.scorer` with shares="segments" [N, P, Q], or the
+      self-influence of segments [N, P]. Those of a document that was cut into
+      pieces are added.
+    rows: that were scored.
+    documents: D; the largest number in the rows and one unless given. One that
+      is in no row has a score of 0.
+  """
+  owners = owner(rows, scores.values.shape[1])
+  found = owners[owners >= 0]
+  if documents is None:
+    documents = int(found.max()) + 1
+
+  def joined(x: np.ndarray) -> np.ndarray:  # [N, ..., P, Q]
+    x = np.moveaxis(x, -2, 1)
+    total = np.zeros((documents, *x.shape[2:]), x.dtype)
+    np.add.at(total, found, x[owners >= 0])
+    return total
+
+  if scores.values.ndim == 2:
+    return scores._replace(values=joined(scores.values[..., None])[..., 0])
+  sites = scores.by_site and {k: joined(x) for k, x in scores.by_site.items()}
+  return scores._replace(values=joined(scores.values), by_site=sites)
+
+
+def owner(rows: Rows, segments: int) -> np.ndarray:
+  """Which document each segment of each row is of [N, P]; −1 for none."""
+  segment_NxT, document_NxT = rows["segments"], rows["documents"]
+  found = np.full((len(segment_NxT), segments), -1)
+  row, place = np.nonzero(document_NxT >= 0)
+  found[row, segment_NxT[row, place] - 1] = document_NxT[row, place]
+  return found
