@@ -1,0 +1,269 @@
+"""Which documents made a language model say this?
+
+  python -m experiments.influence_lm --config=configs/planted_lm.py
+  python -m experiments.influence_lm --config=configs/planted_lm.py \
+    --config.documents=FOLDER --config.pattern="*.txt" \
+    --config.model=workdir/train_lm/stdlib_lm/model \
+    --config.prompts="('def main(',)" --config.completions="('argv):',)"
+
+Scores every document of a corpus for every pair of prompt and completion by
+EK-FAC influence, products and cosines of gradients, and words in common; shows
+the first documents of each query, the shares of the layers and how heavy the
+tail is. Of planted facts it is known which documents teach them: then it says
+how often they are found. A finished stage is read from --workdir, and one that
+was stopped goes on.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from experiments import language
+from experiments.language import Model
+from tda import blocks, streams
+from tda.attribution import influence
+from tda.attribution import language as attribution
+from tda.attribution.responses import Cosine, Identity
+from tda.curvature import fitting
+from tda.data import retrieval, text
+from tda.data.packing import Rows
+from tda.evaluation import ranking, tails
+from tda.evaluation.workdir import Workdir
+from tda.inverse import spectral
+from tda.models import decoder
+from tda.report import tables
+from tda.report.names import display
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/planted_lm.py", "Config file; its fields are flags too."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where results go; workdir/influence_lm/CONFIG unless given."
+)
+SHOWN = 100  # characters of a document
+
+
+class Task(NamedTuple):
+  """A corpus, what is asked of it, and what is known to be right."""
+
+  texts: list[str]
+  pairs: list[tuple[str, str]]
+  kinds: np.ndarray | None  # [D], of planted documents
+  fact: np.ndarray | None  # [D]
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
+  setting = _CONFIG.value
+  path = _WORKDIR.value or str(
+    pathlib.Path("workdir/influence_lm", setting.name)
+  )
+  workdir = Workdir(path, setting.to_dict())
+  devices = jax.device_count()
+  print(f"{devices} {jax.default_backend()} device(s); results in {path}")
+  task = asked(setting)
+  if setting.model:
+    model = language.load(setting)
+    rows = language.packed(setting, model.tokenizer, task.texts, "documents")
+  else:
+    tokenizer = text.tokenizer(setting.tokenizer)
+    rows = language.packed(setting, tokenizer, task.texts, "documents")
+    model = language.train(setting, workdir, tokenizer, rows)
+  queries = attribution.completions(task.pairs, model.tokenizer, setting.length)
+  found = workdir.stage(
+    "scores", lambda: scored(setting, workdir, model, rows, queries, task)
+  )
+  scores = {k: x for k, x in found.items() if x.ndim == 2 and k != "layers"}
+  print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
+  workdir.record("surprisal", float(found["surprisal"].mean()))
+  _show(setting, task, scores["ekfac"])
+  print(f"\n{_concentration(workdir, scores['ekfac'])}")
+  print(f"\n{_layers(workdir, found['layers'])}")
+  print(f"\n{_prefilter(setting, workdir, scores)}")
+  if task.kinds is not None:
+    print(f"\n{_retrieved(workdir, task, scores)}")
+
+
+def asked(setting: ConfigDict) -> Task:
+  """The documents and the queries of a setting."""
+  if setting.documents == "planted":
+    corpus = language.planted(setting)
+    pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
+    return Task(corpus.documents, pairs, corpus.kinds, corpus.fact)
+  if len(setting.prompts) != len(setting.completions) or not setting.prompts:
+    raise ValueError(
+      f"{len(setting.prompts)} prompts and {len(setting.completions)}"
+      " completions: give --config.prompts and --config.completions, tuples of"
+      " text of the same length"
+    )
+  pairs = list(zip(setting.prompts, setting.completions, strict=True))
+  texts = text.documents(setting.documents, setting.pattern)
+  return Task(texts, pairs, None, None)
+
+
+def scored(
+  setting: ConfigDict,
+  workdir: Workdir,
+  model: Model,
+  rows: Rows,
+  queries: Rows,
+  task: Task,
+) -> dict[str, np.ndarray]:
+  """Scores [D, Q] of every method, of EK-FAC also by layer [sites, Q]."""
+  objective = decoder.objective(model.config)
+  params = model.params
+  found = blocks.trace(
+    objective.outputs,
+    params,
+    streams.example(rows),
+    select=decoder.SITES[setting.sites],
+  )
+  key = jax.random.key(setting.seed)
+  loop = streams.Loop(
+    setting.batch_size,
+    "EK-FAC",
+    language.mesh(setting),
+    directory=workdir.folder("fit"),
+  )
+  fit = fitting.fitter(
+    found, objective, methods=["ekfac"], labels=setting.labels
+  )
+  with workdir.timed("fit"):
+    curvature = fit(params, rows, key=key, loop=loop)["ekfac"]
+  inverse = spectral.inverse(curvature, spectral.damping(setting.damping))
+  responses = {
+    "ekfac": inverse,
+    "gradient_dot": Identity(),
+    "gradient_cosine": Cosine(Identity()),
+  }
+  score = influence.scorer(
+    found,
+    objective,
+    query_batch=setting.query_batch,
+    rank=setting.rank or None,
+    shares="segments",
+    by_site=True,
+  )
+  with workdir.timed("scan"):
+    results = score(params, rows, queries, responses, loop=loop.stage("scan"))
+  count = len(task.texts)
+  results = {
+    k: attribution.by_document(x, rows, count) for k, x in results.items()
+  }
+  losses = jax.jit(jax.vmap(objective.loss, (None, 0)))
+  words = language.words([*task.texts, *map("".join, task.pairs)])
+  sites = results["ekfac"].by_site or {}
+  return {
+    **{k: x.values for k, x in results.items()},
+    "bm25": retrieval.bm25(words[:count], words[count:]),
+    "tfidf": retrieval.tfidf(words[:count], words[count:]),
+    "layers": _by_layer(sites),
+    "surprisal": np.asarray(losses(params, queries)),
+  }
+
+
+def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Sums of absolute influence of each layer of stacked blocks [L, Q]."""
+  layered = [x for x in sites.values() if x.ndim == 3]
+  if not layered:
+    return np.zeros((0, 0))
+  return np.abs(sum(layered)).sum(axis=0)
+
+
+def _show(setting: ConfigDict, task: Task, scores: np.ndarray) -> None:
+  best = retrieval.candidates(scores, min(setting.top, len(scores)))
+  for q, (prompt, completion) in enumerate(task.pairs[: setting.top]):
+    print(f"\n{prompt!r} -> {completion!r}")
+    for place in best[:, q]:
+      kind = ""
+      if task.kinds is not None and task.fact is not None:
+        own = "" if task.fact[place] == q else " of another fact"
+        kind = f"  [{task.kinds[place]}{own}]"
+      shown = " ".join(task.texts[place][:SHOWN].split())
+      print(f"  {scores[place, q]:+10.4g}{kind}  {shown}")
+
+
+def _concentration(workdir: Workdir, scores: np.ndarray) -> str:
+  """Share of the first hundredth, and the exponent of the tail."""
+  share = float(np.mean([tails.sparsity(x) for x in scores.T]))
+  exponents = [
+    tails.pareto(x, count=max(10, len(x) // 100)).exponent
+    for x in scores.T
+    if (x > 0).sum() >= max(10, len(x) // 100)
+  ]
+  workdir.record("top_percent_share", share)
+  line = f"the first 1 % of documents carry {share:.0%} of positive influence"
+  if exponents:
+    middle = float(np.median(exponents))
+    workdir.record("tail_exponent", middle)
+    line += f"; exponent of the tail {middle:.2f} (median)"
+  return line
+
+
+def _layers(workdir: Workdir, layers: np.ndarray) -> str:
+  if not layers.size:
+    return "no layers are stacked, so that there are no shares of them"
+  shares = (layers / layers.sum(axis=0)).mean(axis=1)
+  workdir.record("layer_shares", [float(x) for x in shares])
+  cells = " ".join(f"{x:.2f}" for x in shares)
+  return f"share of influence by layer, first to last: {cells}"
+
+
+def _prefilter(
+  setting: ConfigDict, workdir: Workdir, scores: Mapping[str, np.ndarray]
+) -> str:
+  """How much of the full scan a lexical first stage would have kept."""
+  among = min(setting.prefilter, len(scores["ekfac"]))
+  k = min(10, len(scores["ekfac"]))
+  kept = {
+    name: float(
+      retrieval.recall(scores[name], scores["ekfac"], k, among).mean()
+    )
+    for name in ("bm25", "tfidf")
+  }
+  workdir.record("prefilter_recall", kept)
+  cells = ", ".join(f"{display(k)} {x:.2f}" for k, x in kept.items())
+  return (
+    f"of EK-FAC's first {k} documents the first {among} by words hold {cells}"
+  )
+
+
+def _retrieved(
+  workdir: Workdir, task: Task, scores: Mapping[str, np.ndarray]
+) -> str:
+  """Recall and reciprocal rank by method, and mean scores by kind."""
+  assert task.kinds is not None and task.fact is not None
+  mine = task.fact[:, None] == np.arange(len(task.pairs))
+  copies = mine & (task.kinds == "copy")[:, None]
+  k = int(copies.sum(axis=0).max())
+  body, results = [], {}
+  for name, x in scores.items():
+    found = {
+      f"recall@{k}": float(ranking.recall_at(x, copies, k).mean()),
+      "MRR": float(ranking.reciprocal_rank(x, copies).mean()),
+      "mean precision": float(ranking.average_precision(x, copies).mean()),
+    }
+    whole = x[copies].mean()
+    for kind in dict.fromkeys(task.kinds[task.kinds != "copy"]):
+      of_kind = mine & (task.kinds == kind)[:, None]
+      found[str(kind)] = float(x[of_kind].mean() / whole)
+    found["others"] = float(x[~mine].mean() / whole)
+    results[name] = found
+    body.append([display(name), *(f"{value:z.3f}" for value in found.values())])
+  workdir.record("retrieval", results)
+  body.sort(key=lambda row: -float(row[2]))
+  header = ["method", *next(iter(results.values()))]
+  table = tables.aligned(header, body, [False, *[True] * (len(header) - 1)])
+  return (
+    "Copies of the fact among all documents; then the mean score of other kinds"
+    f" of documents on it, relative to copies\n{table}"
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,157 @@
+"""What the binaries on language models share: corpus, rows, model."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tda import meshes, streams
+from tda.data import facts, packing, text
+from tda.data.facts import Planted
+from tda.data.packing import Rows
+from tda.data.text import Tokenizer
+from tda.evaluation.workdir import Workdir
+from tda.models import config as configs
+from tda.models import gguf, pretrained, training
+from tda.models.config import DecoderConfig
+from tda.models.training import Recipe
+
+PyTree = Any
+
+
+class Model(NamedTuple):
+  """A decoder, and what it is trained on and tested on."""
+
+  config: DecoderConfig
+  params: PyTree
+  tokenizer: Tokenizer
+  losses: np.ndarray  # of training here; empty where it was loaded
+
+
+def planted(setting: ConfigDict) -> Planted:
+  """The made-up facts of a setting."""
+  return facts.planted(
+    setting.facts,
+    setting.seed,
+    copies=setting.copies,
+    paraphrases=setting.paraphrases,
+    reversals=setting.reversals,
+    distractors=setting.distractors,
+  )
+
+
+def split(setting: ConfigDict) -> tuple[list[str], list[str]]:
+  """Texts to train on, and others."""
+  texts = text.documents(setting.documents, setting.pattern)
+  order = np.random.default_rng(setting.seed).permutation(len(texts))
+  held = max(1, round(setting.held_out * len(texts)))
+  if held >= len(texts):
+    raise ValueError(f"{len(texts)} documents are too few to hold some out")
+  return [texts[i] for i in order[held:]], [texts[i] for i in order[:held]]
+
+
+def packed(
+  setting: ConfigDict, tokenizer: Tokenizer, texts: Sequence[str], label: str
+) -> Rows:
+  """Rows of all texts."""
+  return packing.pack(
+    text.encode(texts, tokenizer, label=label),
+    setting.length,
+    seed=setting.seed,
+    vocab=tokenizer.vocab,
+  )
+
+
+def load(setting: ConfigDict) -> Model:
+  """The model of a folder that `train_lm` or Hugging Face wrote, or a GGUF."""
+  running = {"dtype": jnp.dtype(setting.dtype), "remat": setting.remat}
+  if str(setting.model).endswith(".gguf"):
+    found = gguf.load(setting.model, max_length=setting.length, **running)
+    return Model(found.config, found.params, found.tokenizer, np.zeros(0))
+  read = pretrained.load(setting.model, **running)
+  tokenizer = text.tokenizer(setting.tokenizer)
+  if tokenizer.vocab > read.config.vocab:
+    raise ValueError(
+      f"the tokenizer {setting.tokenizer!r} has {tokenizer.vocab} tokens and"
+      f" the model {setting.model} {read.config.vocab}: give the model's own as"
+      " --config.tokenizer"
+    )
+  return Model(read.config, read.params, tokenizer, np.zeros(0))
+
+
+def train(
+  setting: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, rows: Rows
+) -> Model:
+  """A model of the setting's size, trained on rows; goes on where it stopped."""
+  config = decoder_config(setting, tokenizer.vocab)
+  with workdir.timed("train"):
+    params, losses = training.train(
+      config,
+      recipe(setting),
+      rows,
+      mesh=mesh(setting),
+      directory=workdir.folder("checkpoints"),
+      label="train",
+    )
+  return Model(config, params, tokenizer, losses)
+
+
+def held_out(
+  setting: ConfigDict, model: Model, texts: Sequence[str]
+) -> dict[str, float]:
+  """Surprisal of texts that were not trained on."""
+  rows = packed(setting, model.tokenizer, texts, "held-out documents")
+  loop = streams.Loop(setting.batch_size, "held out", mesh(setting))
+  total = training.surprisal(model.config, model.params, rows, loop)
+  size = sum(len(document.encode()) for document in texts)
+  return {
+    "held_out_loss": total / int(rows["mask"].sum()),
+    "held_out_bits_per_byte": total / math.log(2) / size,
+  }
+
+
+def mesh(setting: ConfigDict) -> jax.sharding.Mesh | None:
+  """All devices, or none where there is one."""
+  if jax.device_count() == 1:
+    return None
+  return meshes.mesh(model=setting.model_axis)
+
+
+def words(texts: Sequence[str]) -> list[np.ndarray]:
+  """Texts as numbers of their words, for lexical retrieval."""
+  found = [re.findall(r"\w+", one.lower()) for one in texts]
+  known = {word: i for i, word in enumerate(sorted({*sum(found, [])}))}
+  return [np.array([known[word] for word in one], int) for one in found]
+
+
+def decoder_config(setting: ConfigDict, vocab: int) -> DecoderConfig:
+  """The setting's decoder."""
+  fields = {
+    "width": setting.width,
+    "layers": setting.layers,
+    "heads": setting.heads,
+    "mlp_width": setting.mlp_width,
+    "max_length": setting.length,
+    "dtype": jnp.dtype(setting.dtype),
+    "remat": setting.remat,
+  }
+  optional = {"kv_heads": setting.kv_heads, "experts": setting.experts}
+  fields.update({name: value for name, value in optional.items() if value})
+  return configs.like(setting.family, vocab, **fields)
+
+
+def recipe(setting: ConfigDict) -> Recipe:
+  """How the setting trains."""
+  return Recipe(
+    setting.steps,
+    setting.batch_size,
+    learning_rate=setting.learning_rate,
+    warmup=setting.warmup,
+    weight_decay=setting.weight_decay,
+    seed=setting.seed,
+  )
