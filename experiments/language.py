@@ -87,7 +87,7 @@ def load(setting: ConfigDict) -> Model:
 def train(
   setting: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, rows: Rows
 ) -> Model:
-  """A model of the setting's size, trained on rows; goes on where it stopped."""
+  """A model of the setting's size, trained on rows; a stopped run goes on."""
   config = decoder_config(setting, tokenizer.vocab)
   with workdir.timed("train"):
     params, losses = training.train(
@@ -125,7 +125,8 @@ def mesh(setting: ConfigDict) -> jax.sharding.Mesh | None:
 def words(texts: Sequence[str]) -> list[np.ndarray]:
   """Texts as numbers of their words, for lexical retrieval."""
   found = [re.findall(r"\w+", one.lower()) for one in texts]
-  known = {word: i for i, word in enumerate(sorted({*sum(found, [])}))}
+  every = sorted({word for one in found for word in one})
+  known = {word: i for i, word in enumerate(every)}
   return [np.array([known[word] for word in one], int) for one in found]
 
 

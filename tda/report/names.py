@@ -3,6 +3,7 @@
 _NAMES = {
   "arnoldi": "Arnoldi",
   "astra": "ASTRA",
+  "bm25": "BM25",
   "cg": "CG",
   "datainf": "DataInf",
   "ekfac": "EK-FAC",
@@ -13,6 +14,7 @@ _NAMES = {
   "less": "LESS",
   "lissa": "LiSSA",
   "source": "SOURCE",
+  "tfidf": "TF-IDF",
   "trackstar": "TrackStar",
   "tracin": "TracIn",
   "trak": "TRAK",
