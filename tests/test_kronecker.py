@@ -235,6 +235,27 @@ def test_a_solver_that_fails_is_replaced_by_the_host(monkeypatch):
   np.testing.assert_allclose(restored, matrix, atol=1e-12)
 
 
+def test_wide_sides_are_cut_along_the_diagonal():
+  """Parts have eigenvectors of their own; a side that is not wide is whole."""
+  rng = np.random.default_rng(0)
+  root = rng.normal(size=(2, 1, 7, 9))
+  inputs = jnp.asarray(root @ root.swapaxes(-1, -2))
+  moments = {"layer": Moments(inputs, inputs[..., :3, :3], jnp.ones(2))}
+  basis, spectra = kronecker.eigenbasis(moments, widest=3)
+  cut = np.zeros((7, 7), bool)
+  for begin, end in ((0, 2), (2, 5), (5, 7)):
+    cut[begin:end, begin:end] = True
+  q, values = basis["layer"].inputs, spectra["layer"][0]
+  rebuilt = (q * values[..., None, :]) @ q.swapaxes(-1, -2)
+  np.testing.assert_allclose(rebuilt, np.where(cut, inputs, 0), atol=1e-12)
+  whole = kronecker.eigenbasis(moments, widest=7)[0]["layer"]
+  plain = kronecker.eigenbasis(moments)[0]["layer"]
+  np.testing.assert_array_equal(whole.inputs, plain.inputs)
+  np.testing.assert_array_equal(basis["layer"].outputs, plain.outputs)
+  with pytest.raises(ValueError, match="widest=0"):
+    kronecker.eigenbasis(moments, widest=0)
+
+
 @pytest.mark.parametrize(
   ("row", "value", "message"),
   [

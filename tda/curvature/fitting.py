@@ -23,6 +23,7 @@ def fitter(
   *,
   methods: Sequence[str] = METHODS,
   labels: str | Labels = "empirical",
+  widest: int | None = None,
 ) -> Callable[..., dict[str, Curvature]]:
   """Fits of one or several curvatures with the fewest passes over the data.
 
@@ -31,6 +32,7 @@ def fitter(
     objective: model and likelihood.
     methods: of "kfac" (one pass), "ekfac" (two) and "diagonal" (one).
     labels: "empirical", "exact", "sampled" or "sampled:K".
+    widest: cuts the eigenvectors of wider sides, as `kronecker.eigenbasis`.
 
   Returns:
     fit(params, data, *, others=(), scales=None, key=None, loop=Loop()) ->
@@ -86,7 +88,7 @@ def fitter(
     if "kfac" in methods or "ekfac" in methods:
       moments, total = summed(moments_fold, "covariances", None, keys[0])
       total = int(total)
-      basis, sides = kronecker.eigenbasis(moments, scales)
+      basis, sides = kronecker.eigenbasis(moments, scales, widest)
     if "kfac" in methods:
       values = kronecker.kfac_eigenvalues(moments, sides, total)
       fits["kfac"] = Curvature(basis, values, "kfac", labels, total)

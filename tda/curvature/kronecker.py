@@ -18,6 +18,7 @@ position, and a parameter that is used several times counts every use, whereas
 Notation: G, O, I as in `tda.factors`.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -99,7 +100,9 @@ Scales = Mapping[str, tuple[Array, Array]]
 
 
 def eigenbasis(
-  moments: Mapping[str, Moments], scales: Scales | None = None
+  moments: Mapping[str, Moments],
+  scales: Scales | None = None,
+  widest: int | None = None,
 ) -> tuple[dict[str, Basis], dict[str, tuple[Array, Array]]]:
   """Eigenvectors of the moments by block, and the eigenvalues of each side.
 
@@ -107,7 +110,10 @@ def eigenbasis(
   eigenvalues are of the sums in `moments`, clipped at zero, [*stack, G, I] and
   [*stack, G, O]. Given scales s the eigenvectors are q of diag(s) M diag(s),
   and the columns diag(s) q: with them C is that of the coordinates θ / s. A
-  side that has the identity is not scaled.
+  side that has the identity is not scaled. Matrices of more than `widest` rows
+  are cut along the diagonal into parts of about the same size, whose
+  eigenvectors are found one by one: P parts take 1 / P² of the time (Grosse et
+  al. 2023, §2.2, lose little by it).
 
   Raises:
     ValueError: a factor that is not finite, by block and side.
@@ -124,7 +130,9 @@ def eigenbasis(
   }
   if scales is not None:
     matrices = {k: _scale(x, _scale_of(k, scales)) for k, x in matrices.items()}
-  found = jax.jit(_eigh)(matrices)
+  if widest is not None and widest < 1:
+    raise ValueError(f"widest={widest} must be 1 or more, or None to cut none")
+  found = jax.jit(_eigh, static_argnums=1)(matrices, widest)
   for (name, side), (_, _, sound) in found.items():
     if not bool(sound):
       found[name, side] = _eigh_on_host(name, side, matrices[name, side])
@@ -170,13 +178,24 @@ def _scale(x: Array, s: Array) -> Array:
   return s[..., :, None] * x * s[..., None, :]
 
 
-def _eigh(matrices: Mapping[Any, Array]) -> dict[Any, tuple]:
+def _eigh(
+  matrices: Mapping[Any, Array], widest: int | None
+) -> dict[Any, tuple]:
   """Values, vectors, and whether all are finite, of symmetrised matrices."""
 
   def one(x):
-    values, vectors = jnp.linalg.eigh((x + x.swapaxes(-1, -2)) / 2)
-    sound = jnp.isfinite(values).all() & jnp.isfinite(vectors).all()
-    return jnp.maximum(values, 0), vectors, sound
+    width = x.shape[-1]
+    count = -(-width // (widest or width))
+    ends = [round(width * i / count) for i in range(count + 1)]
+    values, vectors = [], jnp.zeros_like(x)
+    for begin, end in itertools.pairwise(ends):
+      part = (..., slice(begin, end), slice(begin, end))
+      found = jnp.linalg.eigh((x[part] + x[part].swapaxes(-1, -2)) / 2)
+      values.append(found[0])
+      vectors = vectors.at[part].set(found[1]) if count > 1 else found[1]
+    joined = jnp.concatenate(values, axis=-1)
+    sound = jnp.isfinite(joined).all() & jnp.isfinite(vectors).all()
+    return jnp.maximum(joined, 0), vectors, sound
 
   return {key: one(x) for key, x in matrices.items()}
 

@@ -1,0 +1,59 @@
+"""The binary that asks a language model, as a user meets it."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+pytest.importorskip("ml_collections")
+
+from experiments import language
+
+ROOT = pathlib.Path(__file__).parent.parent
+run = functools.partial(
+  subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False
+)
+
+
+def command(folder, *flags):
+  return [
+    sys.executable,
+    "-m",
+    "experiments.influence_lm",
+    "--config=configs/planted_lm.py:smoke",
+    f"--workdir={folder}",
+    *flags,
+  ]
+
+
+def test_planted_facts_are_asked_for_and_a_run_is_read_again(tmp_path):
+  small = ("--config.facts=2", "--config.steps=6", "--config.rank=4")
+  done = run(command(tmp_path, *small))
+  assert done.returncode == 0, done.stderr[-2000:]
+  metrics = json.loads((tmp_path / "metrics.json").read_text())
+  assert {"ekfac", "gradient_dot", "bm25", "tfidf"} < {*metrics["retrieval"]}
+  assert metrics["retrieval"]["bm25"]["MRR"] == 1
+  assert sum(metrics["layer_shares"]) == pytest.approx(1)
+  with np.load(tmp_path / "scores.npz") as scores:
+    assert scores["ekfac"].shape == (28, 2)
+    assert np.isfinite(scores["ekfac"]).all() and scores["surprisal"].min() > 0
+  again = run(command(tmp_path, *small))
+  assert again.returncode == 0 and again.stdout == done.stdout
+
+
+def test_queries_of_other_documents_come_with_completions(tmp_path):
+  flags = ("--config.documents=stdlib", "--config.prompts=('def ',)")
+  done = run(command(tmp_path, *flags))
+  assert done.returncode != 0
+  assert "1 prompts and 0 completions" in done.stderr
+
+
+def test_words_are_numbered_alike_in_documents_and_queries():
+  first, second = language.words(["A dog, a cat.", "The cat"])
+  assert first[0] == first[2] and first[3] == second[1]
+  assert second[0] not in first
