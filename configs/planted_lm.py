@@ -23,7 +23,7 @@ def get_config(size: str = "full") -> ConfigDict:
   config = stdlib_lm.get_config()
   config.update(name="planted_lm", documents="planted", length=128)
   config.update(steps=330, learning_rate=2e-3, batch_size=16)
-  config.model = ""  # a folder or a .gguf; "": trained here
+  config.model = ""  # a folder, or a .gguf with its tokenizer; "": trained here
 
   # Facts, and the documents of each kind that go with one.
   config.facts = 48
@@ -35,12 +35,13 @@ def get_config(size: str = "full") -> ConfigDict:
   # Attribution.
   config.prompts = ()  # of documents that are not planted; with completions
   config.completions = ()
-  config.sites = "mlp"  # "mlp", "linear" or "all"
+  config.sites = "mlp"  # or "linear": every matrix of the blocks
   config.labels = "sampled"
   config.damping = "0.1 relative"
   config.rank = 0  # of the queries' gradients; 0 keeps them whole
   config.query_batch = 64
-  config.top = 5  # documents that are shown for a query
+  config.top = 5  # documents that are shown of a query
+  config.shown = 5  # queries that are shown
   config.prefilter = 100  # documents that a lexical first stage would keep
   if size == "smoke":
     config.update(name="planted_lm_smoke", width=32, layers=2, mlp_width=64)

@@ -27,6 +27,7 @@ def get_config(size: str = "full") -> ConfigDict:
   config.documents = "stdlib"
   config.pattern = "*.py"  # of a folder's files; the field of a JSONL line
   config.tokenizer = "bytes"  # or the path of a tokenizer.json
+  config.end = "<|endoftext|>"  # its token at the end of a document
   config.held_out = 0.05  # fraction of the documents
 
   # Model.

@@ -1,7 +1,7 @@
 """Which documents made a language model say this?
 
   python -m experiments.influence_lm --config=configs/planted_lm.py
-  python -m experiments.influence_lm --config=configs/planted_lm.py \
+  python -m experiments.influence_lm --workdir=FOLDER_OF_RESULTS \
     --config.documents=FOLDER --config.pattern="*.txt" \
     --config.model=workdir/train_lm/stdlib_lm/model \
     --config.prompts="('def main(',)" --config.completions="('argv):',)"
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import language
 from experiments.language import Model
-from tda import blocks, streams
+from tda import blocks, records, streams
 from tda.attribution import influence
 from tda.attribution import language as attribution
 from tda.attribution.responses import Cosine, Identity
@@ -35,7 +35,7 @@ from tda.data.packing import Rows
 from tda.evaluation import ranking, tails
 from tda.evaluation.workdir import Workdir
 from tda.inverse import spectral
-from tda.models import decoder
+from tda.models import decoder, training
 from tda.report import tables
 from tda.report.names import display
 
@@ -46,6 +46,10 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where results go; workdir/influence_lm/CONFIG unless given."
 )
 SHOWN = 100  # characters of a document
+SITES = ("mlp", "linear")
+METHODS = ("ekfac", "gradient_dot", "gradient_cosine")
+ASKED = {"name", "prompts", "completions", "damping", "rank", "query_batch"}
+ASKED |= {"top", "shown", "prefilter"}  # of which a fit does not depend
 
 
 class Task(NamedTuple):
@@ -60,25 +64,32 @@ class Task(NamedTuple):
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # checkpoints report every step
   setting = _CONFIG.value
-  path = _WORKDIR.value or str(
-    pathlib.Path("workdir/influence_lm", setting.name)
-  )
-  workdir = Workdir(path, setting.to_dict())
+  default = pathlib.Path("workdir/influence_lm", setting.name)
+  path = _WORKDIR.value or str(default)
   devices = jax.device_count()
   print(f"{devices} {jax.default_backend()} device(s); results in {path}")
   task = asked(setting)
-  if setting.model:
-    model = language.load(setting)
-    rows = language.packed(setting, model.tokenizer, task.texts, "documents")
-  else:
-    tokenizer = text.tokenizer(setting.tokenizer)
-    rows = language.packed(setting, tokenizer, task.texts, "documents")
-    model = language.train(setting, workdir, tokenizer, rows)
-  queries = attribution.completions(task.pairs, model.tokenizer, setting.length)
-  found = workdir.stage(
-    "scores", lambda: scored(setting, workdir, model, rows, queries, task)
+  model = language.load(setting) if setting.model else None
+  tokenizer = model.tokenizer if model else language.tokenizer(setting)
+  rows = language.packed(setting, tokenizer, task.texts, "documents")
+  queries = attribution.completions(task.pairs, tokenizer, setting.length)
+  # What a query asks for may change; what was fitted for others is kept.
+  workdir = Workdir(
+    path,
+    {k: v for k, v in setting.to_dict().items() if k not in ASKED}
+    | {"data": records.digest(rows)}
+    | {"weights": records.digest(model.params) if model else "trained here"},
   )
-  scores = {k: x for k, x in found.items() if x.ndim == 2 and k != "layers"}
+  words = lexical(task)
+  if model is None:
+    model = language.train(setting, workdir, tokenizer, rows)
+  which = records.digest(queries)[:8]
+  which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")
+  found = workdir.stage(
+    f"scores_{which}",
+    lambda: scored(setting, workdir, model, rows, queries, which),
+  )
+  scores = {k: found[k] for k in METHODS if k in found} | words
   print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
   workdir.record("surprisal", float(found["surprisal"].mean()))
   _show(setting, task, scores["ekfac"])
@@ -91,7 +102,16 @@ def main(_) -> None:
 
 def asked(setting: ConfigDict) -> Task:
   """The documents and the queries of a setting."""
+  if setting.sites not in SITES:
+    raise ValueError(
+      f"sites={setting.sites!r}: gradients of documents are those of {SITES}"
+    )
   if setting.documents == "planted":
+    if setting.facts < 2 or setting.copies < 1:
+      raise ValueError(
+        f"{setting.facts} facts with {setting.copies} copies: take 2 facts or"
+        " more, and 1 copy or more, which are what is looked for"
+      )
     corpus = language.planted(setting)
     pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
     return Task(corpus.documents, pairs, corpus.kinds, corpus.fact)
@@ -112,9 +132,9 @@ def scored(
   model: Model,
   rows: Rows,
   queries: Rows,
-  task: Task,
+  which: str,
 ) -> dict[str, np.ndarray]:
-  """Scores [D, Q] of every method, of EK-FAC also by layer [sites, Q]."""
+  """Scores [D, Q] of every method, of EK-FAC also by layer [L, Q]."""
   objective = decoder.objective(model.config)
   params = model.params
   found = blocks.trace(
@@ -123,24 +143,23 @@ def scored(
     streams.example(rows),
     select=decoder.SITES[setting.sites],
   )
+  mesh = language.mesh(setting)
+  loop = streams.Loop(setting.batch_size, "EK-FAC", mesh)
+  kept = loop._replace(directory=workdir.folder("fit"))
   key = jax.random.key(setting.seed)
-  loop = streams.Loop(
-    setting.batch_size,
-    "EK-FAC",
-    language.mesh(setting),
-    directory=workdir.folder("fit"),
-  )
   fit = fitting.fitter(
     found, objective, methods=["ekfac"], labels=setting.labels
   )
   with workdir.timed("fit"):
-    curvature = fit(params, rows, key=key, loop=loop)["ekfac"]
+    curvature = fit(params, rows, key=key, loop=kept)["ekfac"]
   inverse = spectral.inverse(curvature, spectral.damping(setting.damping))
   responses = {
     "ekfac": inverse,
     "gradient_dot": Identity(),
-    "gradient_cosine": Cosine(Identity()),
   }
+  whole = np.bincount(_owners(rows)).max() == 1
+  if whole and not setting.rank:  # pieces and approximations have no cosine
+    responses["gradient_cosine"] = Cosine(Identity())
   score = influence.scorer(
     found,
     objective,
@@ -149,22 +168,29 @@ def scored(
     shares="segments",
     by_site=True,
   )
+  kept = loop._replace(directory=workdir.folder(f"scan_{which}"))
   with workdir.timed("scan"):
-    results = score(params, rows, queries, responses, loop=loop.stage("scan"))
-  count = len(task.texts)
-  results = {
-    k: attribution.by_document(x, rows, count) for k, x in results.items()
-  }
-  losses = jax.jit(jax.vmap(objective.loss, (None, 0)))
-  words = language.words([*task.texts, *map("".join, task.pairs)])
-  sites = results["ekfac"].by_site or {}
+    results = score(params, rows, queries, responses, loop=kept.stage("scan"))
+  results = {k: attribution.by_document(x, rows) for k, x in results.items()}
   return {
     **{k: x.values for k, x in results.items()},
-    "bm25": retrieval.bm25(words[:count], words[count:]),
-    "tfidf": retrieval.tfidf(words[:count], words[count:]),
-    "layers": _by_layer(sites),
-    "surprisal": np.asarray(losses(params, queries)),
+    "layers": _by_layer(results["ekfac"].by_site or {}),
+    "surprisal": training.surprisals(model.config, params, queries, loop),
   }
+
+
+def lexical(task: Task) -> dict[str, np.ndarray]:
+  """Scores [D, Q] by the words that documents and queries share."""
+  count = len(task.texts)
+  words = language.words([*task.texts, *map("".join, task.pairs)])
+  of = {"bm25": retrieval.bm25, "tfidf": retrieval.tfidf}
+  return {k: score(words[:count], words[count:]) for k, score in of.items()}
+
+
+def _owners(rows: Rows) -> np.ndarray:
+  """The document of each piece."""
+  found = attribution.owner(rows, int(rows["segments"].max()))
+  return found[found >= 0]
 
 
 def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -177,7 +203,7 @@ def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _show(setting: ConfigDict, task: Task, scores: np.ndarray) -> None:
   best = retrieval.candidates(scores, min(setting.top, len(scores)))
-  for q, (prompt, completion) in enumerate(task.pairs[: setting.top]):
+  for q, (prompt, completion) in enumerate(task.pairs[: setting.shown]):
     print(f"\n{prompt!r} -> {completion!r}")
     for place in best[:, q]:
       kind = ""
@@ -190,14 +216,20 @@ def _show(setting: ConfigDict, task: Task, scores: np.ndarray) -> None:
 
 def _concentration(workdir: Workdir, scores: np.ndarray) -> str:
   """Share of the first hundredth, and the exponent of the tail."""
-  share = float(np.mean([tails.sparsity(x) for x in scores.T]))
+  first = max(1, len(scores) // 100)
+  portion, size = first / len(scores), max(10, first)
+  some = [x for x in scores.T if (x > 0).any()]
+  if not some:
+    return "no document has a positive influence on any query"
+  share = float(np.mean([tails.sparsity(x, portion) for x in some]))
   exponents = [
-    tails.pareto(x, count=max(10, len(x) // 100)).exponent
-    for x in scores.T
-    if (x > 0).sum() >= max(10, len(x) // 100)
+    tails.pareto(x, count=size).exponent
+    for x in some
+    if len(np.unique(x[x > 0])) >= size
   ]
   workdir.record("top_percent_share", share)
-  line = f"the first 1 % of documents carry {share:.0%} of positive influence"
+  line = f"the first {portion:.1%} of documents carry {share:.0%} of positive"
+  line += " influence"
   if exponents:
     middle = float(np.median(exponents))
     workdir.record("tail_exponent", middle)

@@ -71,17 +71,28 @@ def load(setting: ConfigDict) -> Model:
   """The model of a folder that `train_lm` or Hugging Face wrote, or a GGUF."""
   running = {"dtype": jnp.dtype(setting.dtype), "remat": setting.remat}
   if str(setting.model).endswith(".gguf"):
-    found = gguf.load(setting.model, max_length=setting.length, **running)
-    return Model(found.config, found.params, found.tokenizer, np.zeros(0))
-  read = pretrained.load(setting.model, **running)
-  tokenizer = text.tokenizer(setting.tokenizer)
-  if tokenizer.vocab > read.config.vocab:
+    found = gguf.load(setting.model, **running)
+    model = Model(found.config, found.params, found.tokenizer, np.zeros(0))
+  else:
+    read = pretrained.load(setting.model, **running)
+    model = Model(read.config, read.params, tokenizer(setting), np.zeros(0))
+  known, vocab = model.tokenizer.vocab, model.config.vocab
+  if known > vocab or (setting.tokenizer == "bytes" and known < vocab):
     raise ValueError(
-      f"the tokenizer {setting.tokenizer!r} has {tokenizer.vocab} tokens and"
-      f" the model {setting.model} {read.config.vocab}: give the model's own as"
-      " --config.tokenizer"
+      f"the tokenizer {setting.tokenizer!r} has {known} tokens and the model"
+      f" {setting.model} {vocab}: give the model's own as --config.tokenizer"
     )
-  return Model(read.config, read.params, tokenizer, np.zeros(0))
+  if setting.length > model.config.max_length:
+    raise ValueError(
+      f"--config.length={setting.length} is longer than the context of"
+      f" {setting.model}, {model.config.max_length}"
+    )
+  return model
+
+
+def tokenizer(setting: ConfigDict) -> Tokenizer:
+  """The tokenizer that the setting names."""
+  return text.tokenizer(setting.tokenizer, setting.end)
 
 
 def train(
@@ -124,7 +135,7 @@ def mesh(setting: ConfigDict) -> jax.sharding.Mesh | None:
 
 def words(texts: Sequence[str]) -> list[np.ndarray]:
   """Texts as numbers of their words, for lexical retrieval."""
-  found = [re.findall(r"\w+", one.lower()) for one in texts]
+  found = [re.findall(r"\w+|[^\w\s]", one.lower()) for one in texts]
   every = sorted({word for one in found for word in one})
   known = {word: i for i, word in enumerate(every)}
   return [np.array([known[word] for word in one], int) for one in found]

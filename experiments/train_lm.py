@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from experiments import language
 from tda import meshes
-from tda.data import packing, text
+from tda.data import packing
 from tda.evaluation.workdir import Workdir
 from tda.models import pretrained
 from tda.report import losses as loss_figures
@@ -35,7 +35,7 @@ def main(_) -> None:
   devices = jax.device_count()
   print(f"{devices} {jax.default_backend()} device(s); results in {path}")
 
-  tokenizer = text.tokenizer(setting.tokenizer)
+  tokenizer = language.tokenizer(setting)
   texts, others = language.split(setting)
   rows = language.packed(setting, tokenizer, texts, "documents")
   model = language.train(setting, workdir, tokenizer, rows)

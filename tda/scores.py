@@ -25,6 +25,7 @@ class Scores(NamedTuple):
     coverage: share of the parameters that is attributed, 0 to 1.
     by_site: {block: [N, *stack, Q]}, which add up to `values`; None unless
       asked for.
+    shares: what scores are of: "rows", or "segments" or "tokens" of them.
     info: how the solve of each query ended; None for methods that do not
       iterate.
     sign: what a positive score means.
@@ -38,6 +39,7 @@ class Scores(NamedTuple):
   labels: Labels | None = None
   coverage: float = 1.0
   by_site: dict[str, np.ndarray] | None = None
+  shares: str = "rows"
   info: Info | None = None
   sign: str = SIGN
 

@@ -15,6 +15,7 @@ Notation: B rows, T positions, P parts, r rank; else as in `tda.factors`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def dot(parts: Factors, directions: Directions) -> Array:
   if not isinstance(directions, LowRank):
     return factors.dot(parts, directions)
   if not _directly(parts, directions, 1):
-    return factors.dot(parts, directions.full())
+    return _one_by_one(parts, directions)
   return by_position(parts, directions).sum(axis=1)
 
 
@@ -105,8 +106,7 @@ def dots(
     each_BxTxQ = by_position(parts, directions)
     own_BxTxP = jax.nn.one_hot(lanes - 1, count, dtype=each_BxTxQ.dtype)
     return factors.einsum("btp,btq->bpq", own_BxTxP, each_BxTxQ)
-  full = directions.full() if isinstance(directions, LowRank) else directions
-  return each(lambda share: factors.dot(share, full), parts, lanes, count)
+  return each(lambda share: _formed(share, directions), parts, lanes, count)
 
 
 def each(
@@ -129,14 +129,27 @@ def by_position(parts: Factors, directions: Directions) -> Array:
       return _looked_up(share, direction)
     return _multiplied(share, direction)
 
-  return jnp.moveaxis(jax.lax.map(one, directions), 0, -1)
+  return _mapped(one, directions)
 
 
-def entries(parts: Factors, directions: Directions) -> int:
-  """Entries per example that the products form, as `factors.entries`."""
+def _formed(parts: Factors, directions: Directions) -> Array:
+  """Inner products [B, Q] with gradients that are formed."""
   if isinstance(directions, LowRank):
-    return factors.entries(parts)
-  return factors.entries(parts, directions)
+    return _one_by_one(parts, directions)
+  return factors.dot(parts, directions)
+
+
+def _one_by_one(parts: Factors, directions: LowRank) -> Array:
+  """The same, few directions of low rank written out at a time."""
+  whole = Dense(factors.gradient(parts))
+  one = lambda direction: factors.dot(whole, direction.full()[None])[:, 0]
+  return _mapped(one, directions)
+
+
+def _mapped(one: Callable[[Any], Array], directions: Directions) -> Array:
+  """Of each direction [..., Q], some at a time where they are small."""
+  few = 8 if isinstance(directions, LowRank) else None
+  return jnp.moveaxis(jax.lax.map(one, directions, batch_size=few), 0, -1)
 
 
 def _multiplied(parts: Outer, direction: Directions) -> Array:
@@ -217,6 +230,10 @@ def _lost() -> ValueError:
 def _low_rank(x: Array, rank: int, steps: int) -> LowRank:
   highest = jax.lax.Precision.HIGHEST
   product = functools.partial(jnp.matmul, precision=highest)
+  x = x.astype(factors.accumulator(x.dtype))
+  largest = jnp.abs(x).max(axis=(-2, -1), keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1)  # squares of x would underflow
+  x = x / scale
   width = min(rank + 8, *x.shape[-2:])
   across = x.swapaxes(-1, -2)
   key = jax.random.key(0)
@@ -225,8 +242,7 @@ def _low_rank(x: Array, rank: int, steps: int) -> LowRank:
   for _ in range(steps):
     basis = jnp.linalg.qr(product(across, basis))[0]
     basis = jnp.linalg.qr(product(x, basis))[0]
-  small = product(basis.swapaxes(-1, -2), x)
-  vectors = jnp.linalg.eigh(product(small, small.swapaxes(-1, -2)))[1]
-  vectors = vectors[..., -rank:]
-  inputs = product(small.swapaxes(-1, -2), vectors)
-  return LowRank(product(basis, vectors), inputs)
+  small = product(across, basis)  # [..., I, width], the transpose of basisᵀ x
+  triangle = jnp.linalg.qr(small, mode="r")
+  vectors = jnp.linalg.svd(triangle)[2].swapaxes(-1, -2)[..., :rank]
+  return LowRank(product(basis, vectors), scale * product(small, vectors))

@@ -2,9 +2,9 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
-from capture_checks import quick
 from language_models import draw, tiny, tokens
 
 from tda.models import decoder, gguf, pretrained
@@ -80,7 +80,9 @@ def made(tmp_path, request):
 
 
 def logits(config, params, x):
-  return np.asarray(quick(decoder.Decoder(config).apply)({"params": params}, x))
+  return np.asarray(
+    jax.jit(decoder.Decoder(config).apply)({"params": params}, x)
+  )
 
 
 def test_reads_what_llama_cpp_would_write(made):

@@ -161,15 +161,16 @@ def test_self_influence_and_relatif_of_documents():
   own = influence.self_influence(
     found, aim, params, rows, fit(), shares="segments"
   )
-  mine = language.by_document(own, rows)
+  with pytest.raises(ValueError, match="self-influence of 1 documents that"):
+    language.by_document(own, rows)
+  at = language.owner(rows, own.values.shape[1])
   separate = alone(documents)
   expected = influence.self_influence(found, aim, params, separate, fit())
   whole = separate["documents"].max(axis=1)
   for i, size in enumerate(SIZES):
-    if size <= LENGTH + 1:  # of one that was cut, pieces add up without cross
-      (at,) = np.flatnonzero(whole == i)
+    if size <= LENGTH + 1:
       n, others = len(rows["x"]), len(separate["x"])
-      close(mine.values[i] * n, expected.values[at] * others)
+      close(own.values[at == i] * n, expected.values[whole == i] * others)
   parts = scored(shares="segments", by_site=True)["ekfac"]
   fair = influence.relative(parts, own)
   filled = own.values > 0
@@ -184,7 +185,8 @@ def test_self_influence_and_relatif_of_documents():
   lone = influence.scorer(found, aim)(
     params, separate, queries, {"cosine": Cosine(Identity())}
   )["cosine"]
-  at = language.owner(rows, cosine.values.shape[1])
+  with pytest.raises(ValueError, match="cosine of 1 documents that"):
+    language.by_document(cosine, rows)
   for i in (0, 1, 2, 4, 5):
     close(cosine.values[at == i][0], lone.values[whole == i][0])
 
@@ -215,6 +217,18 @@ def test_completions_measure_the_answer_alone():
       language.completions(pairs, tokenizer, 4 if pairs else None)
 
 
+def test_scores_of_other_rows_are_refused():
+  rows = model()[3]
+  scores = scored(shares="segments", by_site=True)["dot"]
+  with pytest.raises(ValueError, match=r"scores of rows \(4, 3\)"):
+    language.by_document(scored()["dot"], rows)
+  fewer = {k: x[:2] for k, x in rows.items()}
+  with pytest.raises(ValueError, match=r"wanted those of segments \[2, "):
+    language.by_document(scores, fewer)
+  with pytest.raises(ValueError, match="the rows hold document 5, and D=3"):
+    language.by_document(scores, rows, 3)
+
+
 def test_shares_that_do_not_exist():
   aim, params, _, rows, queries, found = model()
   with pytest.raises(ValueError, match=r"unknown shares 'words'"):
@@ -223,7 +237,7 @@ def test_shares_that_do_not_exist():
     influence.scorer(found, aim._replace(segments=None), shares="tokens")
   with pytest.raises(ValueError, match="rank=0"):
     influence.scorer(found, aim, rank=0)
-  with pytest.raises(ValueError, match="a token has no cosine"):
+  with pytest.raises(ValueError, match="cosines are of rows or segments"):
     influence.scorer(found, aim, shares="tokens")(
       params, rows, queries, {"cosine": Cosine(Identity())}
     )

@@ -9,7 +9,7 @@ import optax
 import oracles
 import pytest
 import sharing_cases
-from capture_checks import check_gradients, first, materialize, quick
+from capture_checks import check_gradients, first, materialize
 
 from tda import blocks, lora, streams
 from tda.attribution import influence
@@ -52,7 +52,7 @@ def test_both_forms_agree_and_are_captured_as_sites(name):
     adapt = lora.adapt(case.loss, params, first(batch), rank=2)
     adapters = drawn(adapt)
 
-    @quick
+    @jax.jit
     def both(params, adapters, batch):
       separate = jax.vmap(adapt.outputs, (None, None, 0))
       merged = adapt.merged(params, adapters)

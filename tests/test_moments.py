@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capture_checks import quick
 
 from tda import factors, moments
 
@@ -66,7 +65,7 @@ def draw_like(grad, *lead):
 close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
 
 
-@quick
+@jax.jit
 def products(made, directions, weights):
   return {
     "gradient": factors.gradient(made),
@@ -112,7 +111,7 @@ def test_rotation(name, sides):
   else:
     grad = np.einsum("bgoi,gop->bgpi", grad, right)
   directions, weights = draw_like(grad, 7), np.square(draw_like(grad))
-  rotated = quick(factors.rotate)(made, left, right)
+  rotated = jax.jit(factors.rotate)(made, left, right)
   chex.assert_trees_all_close(
     products(rotated, directions, weights),
     expected_products(grad, directions, weights),
@@ -121,7 +120,7 @@ def test_rotation(name, sides):
   )
 
 
-@quick
+@jax.jit
 def moments_of(made, lanes):
   padded = zeroed(made, lanes)
   return {
@@ -182,7 +181,7 @@ def test_products_of_bfloat16_accumulate_in_float32(name):
     factors.norm(made),
     factors.squares(made),
   )
-  got, *others = quick(everything)(made)
+  got, *others = jax.jit(everything)(made)
   assert got.dtype == jnp.float32
   # Sums of at most 7 products of which none exceeds 16.
   np.testing.assert_allclose(got, exact, atol=7 * 16 * eps)

@@ -6,7 +6,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from capture_checks import quick
 from language_models import EXTRA, draw, tiny, tokens
 
 from tda.data import text
@@ -18,7 +17,7 @@ jax_files = pytest.importorskip("safetensors.flax")
 
 
 def logits(config, params, x):
-  apply = quick(decoder.Decoder(config).apply)
+  apply = jax.jit(decoder.Decoder(config).apply)
   return np.asarray(apply({"params": params}, x))
 
 

@@ -13,7 +13,6 @@ from capture_checks import (
   collect,
   first,
   materialize,
-  quick,
   tail,
 )
 from control_cases import CONTROL, layer, scanned
@@ -44,7 +43,7 @@ def test_bfloat16_is_accumulated_in_float32(name):
   found = blocks.trace(case.loss, params, first(batch))
   got, parts = collect(found, params, batch, taps.GRADIENT, PARTS)
   grad = lambda p, ex: blocks.to_blocks(found, jax.grad(case.loss)(p, ex))
-  expected = quick(jax.vmap(grad, (None, 0)))(params, batch)
+  expected = jax.jit(jax.vmap(grad, (None, 0)))(params, batch)
   for key, grad in got.items():
     assert grad.dtype == jnp.float32
     part = jax.tree.map(lambda x: x.astype(jnp.float32), parts[key])
@@ -96,7 +95,7 @@ def test_statistics_follow_the_sharding_of_data_and_model():
   batch = {"x": draw(8, 2, 4)}
   found = blocks.trace(loss, params, first(batch))
 
-  @quick
+  @jax.jit
   def run(params, batch):
     outputs, backward = taps.linearize(found, taps.GRADIENT)(params, batch)
     _, total = taps.linearize(found, MOMENTS)(params, batch)
@@ -152,7 +151,7 @@ def test_an_ensemble_of_parameters_is_vmapped():
     models = [materialize(case, seed=seed)[0] for seed in range(3)]
     found = blocks.trace(case.loss, models[0], first(batch))
 
-    @quick
+    @jax.jit
     def moments(params):
       outputs, backward = taps.linearize(found, MOMENTS)(params, batch)
       return backward(jnp.ones_like(outputs))

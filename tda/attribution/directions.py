@@ -66,13 +66,13 @@ def asker(
   def ask(params, queries, index, responses, loop):
     size = len(index) if rank is None else AT_A_TIME
     cuts = range(0, len(index), size)
-    found = [
+    answers = [
       some(params, queries, index[i : i + size], responses, loop) for i in cuts
     ]
     # Of each response all queries, one response after another.
-    order = zip(*(many for many, _ in found), strict=True)
+    order = zip(*(many for many, _ in answers), strict=True)
     return stack([x for many in order for x in many]), joined(
-      [infos for _, infos in found]
+      [infos for _, infos in answers]
     )
 
   return ask

@@ -55,9 +55,10 @@ def scorer(
     by_site: also return the scores of each block.
     rank: holds queries as matrices of this rank, in as much less memory
       (`segments.compress`; Grosse et al. 2023, §3.2.2); None keeps them whole.
+      Responses are then computed for 8 queries at a time, solvers' too.
     shares: of what scores are: "rows" of the data, "segments" (the P parts of
       `objective.segments`, as documents of packed rows) or "tokens". Those of a
-      row's parts add up to its own.
+      row's parts add up to its own, unless they are cosines.
 
   Returns:
     score(params, train, queries, responses, *, query_params=None, loop=Loop())
@@ -91,8 +92,11 @@ def scorer(
     if query_params is not None:
       asked = meshes.replicate(query_params, loop.mesh)
     cosine = any(isinstance(r, Cosine) for r in responses.values())
-    if cosine and shares == "tokens":
-      raise ValueError("a token has no cosine: ask for rows or segments")
+    if cosine and (shares == "tokens" or rank is not None):
+      raise ValueError(
+        "cosines are of rows or segments, and of whole queries: leave out"
+        f" shares={shares!r} or rank={rank}"
+      )
     count = 0
     if shares == "segments":
       count = products.parts_of(objective, train)
@@ -116,6 +120,7 @@ def scorer(
     results = _results(found, responses, pieces, norms, keep)
     return {
       name: scores._replace(
+        shares=shares,
         info=found_infos.get(name),
         by_site=scores.by_site if by_site else None,
       )
@@ -163,6 +168,7 @@ def self_influence(
     damping=getattr(response, "damping", None),
     labels=getattr(response, "labels", None),
     coverage=coverage(found),
+    shares=shares,
   )
 
 
@@ -188,6 +194,7 @@ def relative(scores: Scores, own: Scores) -> Scores:
     by_site=sites,
     method=f"relative {scores.method}",
     unit=SIMILARITY,
+    normaliser=1,
   )
 
 

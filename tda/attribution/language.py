@@ -24,7 +24,7 @@ from tda.data import packing
 from tda.data.packing import Rows
 from tda.data.text import Tokenizer
 from tda.likelihoods import Objective
-from tda.scores import Scores
+from tda.scores import SIMILARITY, Scores
 
 PyTree = Any
 
@@ -87,11 +87,32 @@ def by_document(
     rows: that were scored.
     documents: D; the largest number in the rows and one unless given. One that
       is in no row has a score of 0.
+
+  Raises:
+    ValueError: scores of other rows, or not of segments; or cosines, relative
+      scores or self-influence, which do not add up, of documents in pieces.
   """
-  owners = owner(rows, scores.values.shape[1])
+  count = int(rows["segments"].max())
+  if scores.shares != "segments" or scores.values.shape[:2] != (
+    len(rows["segments"]),
+    count,
+  ):
+    raise ValueError(
+      f"scores of {scores.shares} {scores.values.shape}: of these rows are"
+      f" wanted those of segments [{len(rows['segments'])}, {count}, ...]"
+    )
+  owners = owner(rows, count)
   found = owners[owners >= 0]
-  if documents is None:
-    documents = int(found.max()) + 1
+  last = int(found.max(initial=-1)) + 1
+  documents = last if documents is None else documents
+  if documents < last:
+    raise ValueError(f"the rows hold document {last - 1}, and D={documents}")
+  cut = int((np.bincount(found) > 1).sum())
+  if cut and (scores.unit == SIMILARITY or scores.values.ndim == 2):
+    raise ValueError(
+      f"{scores.method} of {cut} documents that are cut into pieces: it does"
+      " not add up over them. Pack longer rows, or take the pieces as they are"
+    )
 
   def joined(x: np.ndarray) -> np.ndarray:  # [N, ..., P, Q]
     x = np.moveaxis(x, -2, 1)
@@ -100,9 +121,11 @@ def by_document(
     return total
 
   if scores.values.ndim == 2:
-    return scores._replace(values=joined(scores.values[..., None])[..., 0])
+    values = joined(scores.values[..., None])[..., 0]
+    return scores._replace(values=values, shares="rows")
   sites = scores.by_site and {k: joined(x) for k, x in scores.by_site.items()}
-  return scores._replace(values=joined(scores.values), by_site=sites)
+  values = joined(scores.values)
+  return scores._replace(values=values, by_site=sites, shares="rows")
 
 
 def owner(rows: Rows, segments: int) -> np.ndarray:

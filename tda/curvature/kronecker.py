@@ -12,8 +12,9 @@ Damping is not part of a fit.
 
 A is a mean over positions and S a sum over positions per example, so that
 their product has the scale of C whatever the sequence length. Both count every
-position, and a parameter that is used several times counts every use, whereas
-Λ of EK-FAC is of whole per-example gradients, cross terms included.
+position but padding (`Objective.segments`), and a parameter that is used
+several times counts every use, whereas Λ of EK-FAC is of whole per-example
+gradients, cross terms included.
 
 Notation: G, O, I as in `tda.factors`.
 """

@@ -145,13 +145,23 @@ def surprisal(
   loop: streams.Loop = streams.Loop(),
 ) -> float:
   """−log p in nats, summed over the targets of all rows."""
+  return float(surprisals(config, params, rows, loop).sum(dtype=float))
+
+
+def surprisals(
+  config: DecoderConfig,
+  params: PyTree,
+  rows: Rows,
+  loop: streams.Loop = streams.Loop(),
+) -> np.ndarray:
+  """−log p in nats, summed over the targets of each row [N]."""
   aim = objective(config)
 
   def losses(params: PyTree, batch: streams.Batch):
     found = jax.vmap(aim.loss, (None, 0))(params, batch.rows)
     return found, jnp.isfinite(found)
 
-  return float(np.sum(streams.each(losses, params, rows, loop), dtype=float))
+  return streams.each(losses, params, rows, loop)
 
 
 def _begun(
