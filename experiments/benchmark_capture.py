@@ -16,18 +16,14 @@ faster than `vmap(grad)` followed by the product, and compilation of the
 decoder's scoring step at most 2.
 """
 
-import json
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import subjects
+from experiments import subjects, timing
 from experiments.subjects import Subject
+from experiments.timing import Step
 from tda import blocks, gradients, planning, streams
 from tda.attribution import products
 from tda.curvature import kronecker
@@ -48,21 +44,6 @@ UNROLL = flags.DEFINE_integer(
 OUTPUT = flags.DEFINE_string("output", None, "Where to write the table: JSON.")
 
 QUERIES = 16
-CALL_SECONDS = 0.1  # a round calls fast functions until this much has passed
-
-
-class Step(NamedTuple):
-  run: Callable[..., Any]
-  args: tuple[Any, ...]
-  limit: float | None  # operations relative to a plain gradient's
-
-
-class Measured(NamedTuple):
-  seconds: float
-  limit: float | None
-  ratio: float
-  memory: float
-  compilation: float
 
 
 def subject(name: str) -> Subject:
@@ -141,75 +122,18 @@ def steps(given: Subject) -> dict[str, Step]:
   }
 
 
-def measure(given: Subject) -> dict[str, Measured]:
-  """Every step, relative to the first."""
-  rounds = 2 if SMOKE.value else ROUNDS.value
-  many = steps(given)
-  compilation: dict[str, list[float]] = {name: [] for name in many}
-  compiled = {}
-  for _ in range(1 if SMOKE.value else 2):
-    for name, step in many.items():
-      jax.clear_caches()
-      start = time.perf_counter()
-      compiled[name] = jax.jit(step.run).lower(*step.args).compile()
-      compilation[name].append(time.perf_counter() - start)
-  calls = {}
-  for name, step in many.items():  # warms up
-    jax.block_until_ready(compiled[name](*step.args))
-    once = _seconds(compiled[name], step.args, 1)
-    calls[name] = max(1, int(CALL_SECONDS / once))
-  taken = np.asarray(
-    [
-      [_seconds(compiled[k], step.args, calls[k]) for k, step in many.items()]
-      for _ in range(rounds)
-    ]
-  )
-  analyses: list[Any] = [compiled[name].memory_analysis() for name in many]
-  memory = [analysis.temp_size_in_bytes for analysis in analyses]
-  compiling = [min(compilation[name]) for name in many]
-  return {
-    name: Measured(
-      float(np.median(taken[:, i])),
-      step.limit,
-      float(np.median(taken[:, i] / taken[:, 0])),
-      memory[i] / memory[0],
-      compiling[i] / compiling[0],
-    )
-    for i, (name, step) in enumerate(many.items())
-  }
-
-
-def _seconds(run: Callable, args: tuple[Any, ...], calls: int) -> float:
-  start = time.perf_counter()
-  for _ in range(calls):
-    result = run(*args)
-  jax.block_until_ready(result)
-  return (time.perf_counter() - start) / calls
-
-
-def report(model: str, measured: dict[str, Measured]) -> None:
-  print(f"\n{model:18} seconds   limit   ratio  ratio/limit  memory  compile")
-  for name, row in measured.items():
-    limit = f"{row.limit:7.2f}" if row.limit else " " * 7
-    excess = f"{row.ratio / row.limit:11.2f}" if row.limit else " " * 11
-    print(
-      f"{name:16} {row.seconds:9.4f} {limit} {row.ratio:7.2f} {excess}"
-      f" {row.memory:8.2f} {row.compilation:8.2f}"
-    )
-
-
 def main(_) -> None:
   logging.info("%d devices: %s", jax.device_count(), jax.devices()[0])
   table = {}
   for model in dict.fromkeys(MODELS.value):
-    table[model] = measure(subject(model))
-    report(model, table[model])
-  if OUTPUT.value:
-    rows = jax.tree.map(
-      Measured._asdict, table, is_leaf=lambda x: isinstance(x, Measured)
+    table[model] = timing.measure(
+      steps(subject(model)),
+      rounds=2 if SMOKE.value else ROUNDS.value,
+      compilations=1 if SMOKE.value else 2,
     )
-    with open(OUTPUT.value, "w") as file:
-      json.dump(rows, file, indent=2)
+    timing.report(model, table[model])
+  if OUTPUT.value:
+    timing.write(OUTPUT.value, table)
 
 
 if __name__ == "__main__":

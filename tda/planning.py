@@ -93,6 +93,24 @@ def dots(queries: int) -> Cost:
   return cost
 
 
+def low_rank_dots(queries: int, rank: int, batch: int) -> Cost:
+  """Inner products with Q directions of a rank, written out once a batch."""
+  whole = dots(queries)
+
+  def cost(site):
+    _, outputs, inputs = site.shape
+    small = rank * (outputs + inputs) < outputs * inputs
+    if not small:
+      return whole(site)
+    direct = queries * site.positions * rank * (outputs + inputs)
+    if site.kind == "lookup":
+      return direct
+    written = queries * rank * site.size // batch
+    return min(direct, gradient(site) + queries * site.size + written)
+
+  return cost
+
+
 def gradient(site: Site) -> int:
   """The gradient of one example."""
   return 0 if site.kind == "lookup" else site.positions * site.size

@@ -75,6 +75,22 @@ def test_limits_of_one_dense_layer():
   assert limit(planning.dots(3)) == (2 * forward + 3 * 8 * 4) / (2 * forward)
 
 
+@pytest.mark.parametrize(
+  ("queries", "batch", "expected"),
+  [
+    (1, 2, 5 * 3 * 50),  # by position
+    (400, 200, 5 * 600 + 400 * 600 + 400 * 3 * 600 // 200),  # written out
+  ],
+)
+def test_queries_of_low_rank_go_the_cheaper_way(queries, batch, expected):
+  site = planning.Site("matrix", 5, (1, 20, 30))
+  assert planning.low_rank_dots(queries, 3, batch)(site) == expected
+  none_saved = planning.low_rank_dots(queries, 12, batch)
+  assert none_saved(site) == planning.dots(queries)(site)
+  lookup = planning.Site("lookup", 5, (1, 20, 30))
+  assert planning.low_rank_dots(queries, 3, batch)(lookup) == queries * 5 * 150
+
+
 def test_a_convolution_counts_its_patches():
   module = CNN((4,), 5, 3)
   found, _ = _traced(module, jnp.zeros((6, 6, 2)))

@@ -1,0 +1,134 @@
+"""What EK-FAC costs on language models, in plain gradients.
+
+    python -m experiments.benchmark_lm [--smoke]
+    python -m experiments.benchmark_lm --model=small --model=FILE.gguf
+
+For a decoder of about 10 M parameters ("small", random weights, bytes) and for
+a GGUF file's (SmolLM2-135M), in interleaved rounds with the plain gradient of
+the same tokens: both passes of the fit, and the scan of the corpus for 64
+queries held whole and held at rank 64. Columns are those of
+`experiments.benchmark_capture`, memory without the factors, the bases and the
+queries themselves. Sites are the MLPs.
+
+Goals: ratio / limit and memory at most 1.3.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments import timing
+from experiments.timing import Step
+from tda import blocks, gradients, planning, segments, streams
+from tda.attribution import products
+from tda.curvature import kronecker
+from tda.models import config as configs
+from tda.models import decoder, gguf
+from tda.models.config import DecoderConfig
+from tda.taps import Statistic
+
+SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, two rounds.")
+MODELS = flags.DEFINE_multi_string(
+  "model", ["small"], '"small", or the path of a GGUF file.'
+)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
+BATCH = flags.DEFINE_integer("batch", 8, "Sequences of a batch.")
+LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence.")
+QUERIES = flags.DEFINE_integer("queries", 64, "Queries of a scan.")
+RANK = flags.DEFINE_integer("rank", 64, "Of the queries of the second scan.")
+OUTPUT = flags.DEFINE_string("output", None, "Where to write the table: JSON.")
+
+
+def load(name: str) -> tuple[DecoderConfig, dict]:
+  """A model and its parameters."""
+  if name != "small":
+    found = gguf.load(name)
+    return found.config, found.params
+  sizes = {"width": 320, "layers": 8, "heads": 5, "mlp_width": 864}
+  if SMOKE.value:
+    sizes = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64}
+  config = configs.like("llama", 257, max_length=LENGTH.value, **sizes)
+  tokens = jnp.zeros(1, jnp.int32)
+  init = jax.jit(decoder.Decoder(config).init)
+  return config, init(jax.random.key(0), tokens)["params"]
+
+
+def steps(config: DecoderConfig, params: dict) -> dict[str, Step]:
+  """The plain gradient first, then what is compared with it."""
+  objective = decoder.objective(config)
+  rng = np.random.default_rng(0)
+  shape = (BATCH.value, LENGTH.value)
+  draw = lambda: jnp.asarray(rng.integers(0, config.vocab, shape), jnp.int32)
+  rows = {"x": draw(), "y": draw(), "mask": jnp.ones(shape, jnp.int32)}
+  batch = streams.Batch(rows, jnp.arange(BATCH.value), None)
+  trace = lambda: blocks.trace(
+    objective.outputs,
+    params,
+    streams.example(rows),
+    select=decoder.SITES["mlp"],
+  )
+  found = trace()
+  key = jax.random.key(1)
+
+  def noise(block, *shape):
+    scale = shape[-1] ** -0.5
+    return scale * jax.random.normal(key, (*block.stack, *shape))
+
+  basis, whole, low = {}, {}, {}
+  for name, block in found.blocks.items():
+    groups, outputs, inputs = block.shape
+    basis[name] = kronecker.Basis(
+      noise(block, groups, inputs, inputs),
+      noise(block, groups, outputs, outputs),
+    )
+    whole[name] = noise(block, QUERIES.value, *block.shape)
+    low[name] = segments.LowRank(
+      noise(block, QUERIES.value, groups, outputs, RANK.value),
+      noise(block, QUERIES.value, groups, inputs, RANK.value),
+    )
+
+  def plain(params, batch):
+    total = lambda p: jax.vmap(objective.loss, (None, 0))(p, batch.rows).sum()
+    return jax.grad(total)(params)
+
+  def captured(statistic: Statistic, operands, cost) -> Step:
+    def run(params, batch, operands):
+      one_pass = gradients.backward_pass(trace(), objective, statistic)
+      return one_pass(params, batch, operands)[0]
+
+    return Step(run, (params, batch, operands), planning.limit(found, cost))
+
+  few = QUERIES.value
+  rank = planning.low_rank_dots(few, RANK.value, BATCH.value)
+  return {
+    "plain gradient": Step(plain, (params, batch), None),
+    "covariances": captured(kronecker.MOMENTS, None, planning.moments),
+    "eigenvalues": captured(kronecker.SQUARES, basis, planning.squares),
+    "scan, whole": captured(products.DOT, whole, planning.dots(few)),
+    f"scan, rank {RANK.value}": captured(products.DOT, low, rank),
+  }
+
+
+def main(_) -> None:
+  print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
+  table = {}
+  for name in dict.fromkeys(MODELS.value):
+    config, params = load(name)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    tokens = BATCH.value * LENGTH.value
+    print(f"\n{name}: {size / 1e6:.1f} M parameters, {tokens} tokens a batch")
+    rounds = 2 if SMOKE.value else ROUNDS.value
+    many = steps(config, params)
+    table[name] = timing.measure(many, rounds=rounds, compilations=1)
+    timing.report(name[-18:], table[name])
+    rates = ", ".join(
+      f"{k} {tokens / row.seconds:,.0f}" for k, row in table[name].items()
+    )
+    print(f"tokens a second: {rates}")
+  if OUTPUT.value:
+    timing.write(OUTPUT.value, table)
+
+
+if __name__ == "__main__":
+  app.run(main)
