@@ -10,7 +10,10 @@ queries held whole and held at rank 64. Columns are those of
 `experiments.benchmark_capture`, memory without the factors, the bases and the
 queries themselves. Sites are the MLPs.
 
-Goals: ratio / limit and memory at most 1.3.
+Goals: ratio / limit and memory at most 1.3. On two CPU cores the small decoder
+has, with --batch=32, ratio / limit .78 for covariances, .97 for eigenvalues,
+1.23 and 1.07 for the scans whole and at rank 64, memory 1.01 at most; with 8
+sequences the whole scan, which reads 64 gradients for each batch, has 1.51.
 """
 
 import jax
