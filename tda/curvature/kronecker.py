@@ -21,7 +21,7 @@ Notation: G, O, I as in `tda.factors`.
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def eigenbasis(
     matrices = {k: _scale(x, _scale_of(k, scales)) for k, x in matrices.items()}
   if widest is not None and widest < 1:
     raise ValueError(f"widest={widest} must be 1 or more, or None to cut none")
-  found = jax.jit(_eigh, static_argnums=1)(matrices, widest)
+  found = {key: _cut_eigh(x, widest) for key, x in matrices.items()}
   for (name, side), (_, _, sound) in found.items():
     if not bool(sound):
       found[name, side] = _eigh_on_host(name, side, matrices[name, side])
@@ -179,26 +179,36 @@ def _scale(x: Array, s: Array) -> Array:
   return s[..., :, None] * x * s[..., None, :]
 
 
-def _eigh(
-  matrices: Mapping[Any, Array], widest: int | None
-) -> dict[Any, tuple]:
-  """Values, vectors, and whether all are finite, of symmetrised matrices."""
+def _cut_eigh(x: Array, widest: int | None) -> tuple:
+  """Values, vectors, and whether all are finite, part by part."""
+  width = x.shape[-1]
+  count = -(-width // (widest or width))
+  if count == 1:
+    return _eigh(x)
+  ends = [round(width * i / count) for i in range(count + 1)]
+  values, vectors, sound = [], jnp.zeros_like(x), jnp.bool_(True)
+  for begin, end in itertools.pairwise(ends):
+    part = (..., slice(begin, end), slice(begin, end))
+    some, columns, fine = _eigh(x[part])
+    values.append(some)
+    vectors = vectors.at[part].set(columns)
+    sound &= fine
+  return jnp.concatenate(values, axis=-1), vectors, sound
 
-  def one(x):
-    width = x.shape[-1]
-    count = -(-width // (widest or width))
-    ends = [round(width * i / count) for i in range(count + 1)]
-    values, vectors = [], jnp.zeros_like(x)
-    for begin, end in itertools.pairwise(ends):
-      part = (..., slice(begin, end), slice(begin, end))
-      found = jnp.linalg.eigh((x[part] + x[part].swapaxes(-1, -2)) / 2)
-      values.append(found[0])
-      vectors = vectors.at[part].set(found[1]) if count > 1 else found[1]
-    joined = jnp.concatenate(values, axis=-1)
-    sound = jnp.isfinite(joined).all() & jnp.isfinite(vectors).all()
-    return jnp.maximum(joined, 0), vectors, sound
 
-  return {key: one(x) for key, x in matrices.items()}
+def _eigh(x: Array) -> tuple:
+  """The same of symmetrised matrices.
+
+  One at a time: decompositions side by side in one program, or in programs that
+  run at once, can wait for each other's threads for ever on a CPU.
+  """
+  return jax.block_until_ready(jax.jit(_symmetric)(x))
+
+
+def _symmetric(x: Array) -> tuple:
+  values, vectors = jnp.linalg.eigh((x + x.swapaxes(-1, -2)) / 2)
+  sound = jnp.isfinite(values).all() & jnp.isfinite(vectors).all()
+  return jnp.maximum(values, 0), vectors, sound
 
 
 def _eigh_on_host(name: str, side: str, matrices: Array) -> tuple:
