@@ -15,7 +15,8 @@ class Scores(NamedTuple):
   """How much each training example matters to each query.
 
   Attributes:
-    values: [N, Q] for pairs, [N] for self-influence; float32.
+    values: [N, Q] for pairs, [N] for self-influence; of segments [N, P, Q] and
+      [N, P], of tokens [N, T, Q]; float32.
     method: what computed them.
     unit: what a score of 1 means.
     normaliser: what the product of gradients was divided by: the number of
