@@ -5,7 +5,7 @@ a statistic into one pure function of a batch. Curvature fits sum its values
 over a dataset (`total`), scores keep them for every example.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -133,12 +133,17 @@ def summed_over_blocks(
 
   def summed(values, operands):
     del operands
-    return sum(
-      x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
-      for x in values.values()
-    )
+    return over_blocks(values, keep)
 
   return kept(backward_pass(found, objective, statistic), summed)
+
+
+def over_blocks(values: Mapping[str, Any], keep: int = 0) -> Any:
+  """Sum over blocks and stacks of arrays [N, *stack, *kept], `keep` axes."""
+  return sum(
+    x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
+    for x in values.values()
+  )
 
 
 def kept(

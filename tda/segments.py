@@ -81,11 +81,9 @@ def compress(blocks: Blocks, rank: int, *, steps: int = 2) -> dict:
 
 def dot(parts: Factors, directions: Directions) -> Array:
   """Inner products [B, Q] with directions [Q, G, O, I] of any rank."""
-  if not isinstance(directions, LowRank):
-    return factors.dot(parts, directions)
-  if not _directly(parts, directions, 1):
-    return _one_by_one(parts, directions)
-  return by_position(parts, directions).sum(axis=1)
+  if isinstance(directions, LowRank) and _directly(parts, directions, 1):
+    return by_position(parts, directions).sum(axis=1)
+  return _formed(parts, directions)
 
 
 def dots(
@@ -133,14 +131,9 @@ def by_position(parts: Factors, directions: Directions) -> Array:
 
 
 def _formed(parts: Factors, directions: Directions) -> Array:
-  """Inner products [B, Q] with gradients that are formed."""
-  if isinstance(directions, LowRank):
-    return _one_by_one(parts, directions)
-  return factors.dot(parts, directions)
-
-
-def _one_by_one(parts: Factors, directions: LowRank) -> Array:
-  """The same, few directions of low rank written out at a time."""
+  """Inner products [B, Q] of whole gradients, few low ranks written out."""
+  if not isinstance(directions, LowRank):
+    return factors.dot(parts, directions)
   whole = Dense(factors.gradient(parts))
   one = lambda direction: factors.dot(whole, direction.full()[None])[:, 0]
   return _mapped(one, directions)

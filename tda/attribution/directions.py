@@ -99,14 +99,12 @@ def _stack(
 ) -> dict[str, Directions]:
   """One after another, and the axes of the stack in front of them."""
 
-  def joined(name, *xs):
+  def whole(name, *xs):
     depth = len(found.blocks[name].stack)
     return jnp.moveaxis(jnp.concatenate(xs), 0, depth)
 
   return {
-    name: jax.tree.map(
-      functools.partial(joined, name), *(m[name] for m in many)
-    )
+    name: jax.tree.map(functools.partial(whole, name), *(m[name] for m in many))
     for name in many[0]
   }
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tda import gradients, meshes, streams, taps
@@ -74,10 +73,15 @@ def scorer(
   ask = directions.asker(found, objective, measurement, rank)
   keep = 1 if shares == "rows" else 2
 
+  def finish(values, operands):
+    del operands
+    return values if by_site else {"": gradients.over_blocks(values, keep)}
+
   @functools.cache
   def passing(cosine, count):
     statistic = products.of_shares(shares, cosine, count)
-    return _passing(found, objective, statistic, keep, by_site)
+    run = gradients.backward_pass(found, objective, statistic)
+    return gradients.kept(run, finish)
 
   def score(
     params, train, queries, responses, *, query_params=None, loop=Loop()
@@ -97,9 +101,7 @@ def scorer(
         "cosines are of rows or segments, and of whole queries: leave out"
         f" shares={shares!r} or rank={rank}"
       )
-    count = 0
-    if shares == "segments":
-      count = products.parts_of(objective, train)
+    count = products.parts_of(shares, objective, train)
     run, norms, pieces, infos = passing(cosine, count), None, [], []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
     for i, index in enumerate(splits):
@@ -108,7 +110,7 @@ def scorer(
       stage = loop
       if len(splits) > 1:
         stage = loop.stage(f"queries {i + 1} of {len(splits)}")
-      values = streams.each(run, (params, answers), train, stage)
+      values = run(params, train, answers, loop=stage)
       if cosine:
         values, norms = _without_squares(values, keep)
       # [N, *stack, (P,) responses, queries]: leading axes of blocks come first.
@@ -152,9 +154,8 @@ def self_influence(
   products.check_shares(found, objective, shares)
   if shares == "tokens":
     raise ValueError("a token has no self-influence: ask for rows or segments")
-  n, count = streams.rows(train), 0
-  if shares == "segments":
-    count = products.parts_of(objective, train)
+  n = streams.rows(train)
+  count = products.parts_of(shares, objective, train)
   _check_blocks(found, {"response": response})
   statistic = products.of_themselves(shares, count)
   keep = 0 if shares == "rows" else 1
@@ -204,26 +205,6 @@ def coverage(found: Trace) -> float:
   return tracked / sum(math.prod(leaf.shape) for leaf in found.leaves)
 
 
-def _passing(
-  found: Trace,
-  objective: Objective,
-  statistic: taps.Statistic,
-  keep: int,
-  by_site: bool,
-) -> Callable:
-  """The products of a batch's gradients, by block or summed as {"": ...}."""
-  run = gradients.backward_pass(found, objective, statistic)
-
-  def products_of(operands, batch):
-    params, directions = operands
-    values, finite = run(params, batch, directions)
-    total = products.sum_sites(values, keep)
-    finite &= jnp.isfinite(total).reshape(total.shape[0], -1).all(axis=1)
-    return (values if by_site else {"": total}), finite
-
-  return products_of
-
-
 def _results(
   found: Trace,
   responses: Mapping[str, Operator],
@@ -258,7 +239,7 @@ def _scores(
   sites = {k: _divided(x, divisor) for k, x in mine.items()}
   inner = response.operator if isinstance(response, Cosine) else response
   return Scores(
-    products.sum_sites(sites, keep),
+    gradients.over_blocks(sites, keep),
     method=name,
     unit=SIMILARITY if cosine else CHANGE,
     normaliser=1 if cosine else n,
@@ -274,7 +255,7 @@ def _without_squares(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Products by block, and the norms of the gradients [N, (P)] behind them."""
   last = {k: x[..., -1:] for k, x in values.items()}
-  squares = products.sum_sites(last, keep)[..., 0]
+  squares = gradients.over_blocks(last, keep)[..., 0]
   return {k: x[..., :-1] for k, x in values.items()}, np.sqrt(squares)
 
 

@@ -6,7 +6,6 @@ rows or of their parts, and the pass that sums them over blocks.
 Notation: B examples, Q directions, P parts of a row; else as in `tda.factors`.
 """
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -75,11 +74,11 @@ def of_shares(shares: str, squares: bool, count: int) -> taps.Statistic:
   """
   if shares == "rows":
     return DOT_AND_SQUARE if squares else DOT
-  parts_of = count if shares == "segments" else None
+  parts_counted = count if shares == "segments" else None
 
   def compute(block, parts, lanes, directions):
     del block
-    products = segments.dots(parts, directions, lanes, parts_of)
+    products = segments.dots(parts, directions, lanes, parts_counted)
     if not squares:
       return products
     norms = segments.each(factors.norm, parts, lanes, count)
@@ -139,8 +138,10 @@ def _positions(use: Use) -> int:
   return parts.dy.shape[-2]
 
 
-def parts_of(objective: Objective, train: PyTree) -> int:
-  """P, the most segments that a row of the data has."""
+def parts_of(shares: str, objective: Objective, train: PyTree) -> int:
+  """P, the most segments that a row of the data has; 0 for other shares."""
+  if shares != "segments":
+    return 0
   assert objective.segments is not None
   return int(jnp.max(jax.vmap(objective.segments)(train)))
 
@@ -150,11 +151,3 @@ def pairs(found: Trace, response: Response | Identity) -> PyTree:
   if isinstance(response, Identity):
     return {}
   return {k: (response.basis[k], response.weights[k]) for k in found.blocks}
-
-
-def sum_sites(sites: Mapping[str, Any], keep: int = 1) -> Any:
-  """Sum over blocks and stacks, of arrays [N, *stack, *kept axes]."""
-  return sum(
-    x.reshape(x.shape[0], -1, *x.shape[x.ndim - keep :]).sum(axis=1)
-    for x in sites.values()
-  )
