@@ -5,7 +5,8 @@
 For each query and method the k examples whose removal is predicted to hurt the
 most are removed, the model is retrained, and the query's loss and prediction
 are compared with those of the full data. Removing at random, and at random
-within the query's class, are the controls.
+within the query's class, are the controls; where it is known which examples are
+right, those are.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ def main(_) -> None:
 
 
 def controls(task: Problem) -> dict[str, np.ndarray]:
-  """Rankings that know nothing, or nothing but the class."""
+  """Rankings that know nothing, the class, or which examples are right."""
   n, queries = len(task.dataset.train["y"]), len(task.queries["y"])
   key = task.key_for("controls")
   found = {"random": removal.random_ranking(key, n, queries)}
@@ -64,6 +65,8 @@ def controls(task: Problem) -> dict[str, np.ndarray]:
     found["same class"] = removal.same_class_ranking(
       key, jnp.asarray(task.dataset.train["y"]), jnp.asarray(task.queries["y"])
     )
+  if task.relevant is not None:
+    found["known"] = jnp.asarray(task.relevant) + found["random"]
   return {name: np.asarray(x) for name, x in found.items()}
 
 
@@ -89,7 +92,8 @@ def removed(
     )
 
   measured = workdir.stage(f"removal_{slug}", compute)
-  right = measured["correct"] if task.dataset.num_classes else None
+  counted = task.dataset.kind != "regression"
+  right = measured["correct"] if counted else None
   key = task.key_for("bootstrap")
   return removal.summarise(
     measured["value"], setting.removal_ks, key, correct=right

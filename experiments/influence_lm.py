@@ -182,7 +182,7 @@ def scored(
 def lexical(task: Task) -> dict[str, np.ndarray]:
   """Scores [D, Q] by the words that documents and queries share."""
   count = len(task.texts)
-  words = language.words([*task.texts, *map("".join, task.pairs)])
+  words, _ = text.words([*task.texts, *map("".join, task.pairs)])
   of = {"bm25": retrieval.bm25, "tfidf": retrieval.tfidf}
   return {k: score(words[:count], words[count:]) for k, score in of.items()}
 
@@ -272,14 +272,9 @@ def _retrieved(
   assert task.kinds is not None and task.fact is not None
   mine = task.fact[:, None] == np.arange(len(task.pairs))
   copies = mine & (task.kinds == "copy")[:, None]
-  k = int(copies.sum(axis=0).max())
   body, results = [], {}
   for name, x in scores.items():
-    found = {
-      f"recall@{k}": float(ranking.recall_at(x, copies, k).mean()),
-      "MRR": float(ranking.reciprocal_rank(x, copies).mean()),
-      "mean precision": float(ranking.average_precision(x, copies).mean()),
-    }
+    found = ranking.means(x, copies)
     whole = x[copies].mean()
     for kind in dict.fromkeys(task.kinds[task.kinds != "copy"]):
       of_kind = mine & (task.kinds == kind)[:, None]

@@ -1,7 +1,6 @@
 """What the binaries on language models share: corpus, rows, model."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -131,14 +130,6 @@ def mesh(setting: ConfigDict) -> jax.sharding.Mesh | None:
   if jax.device_count() == 1:
     return None
   return meshes.mesh(model=setting.model_axis)
-
-
-def words(texts: Sequence[str]) -> list[np.ndarray]:
-  """Texts as numbers of their words, for lexical retrieval."""
-  found = [re.findall(r"\w+|[^\w\s]", one.lower()) for one in texts]
-  every = sorted({word for one in found for word in one})
-  known = {word: i for i, word in enumerate(every)}
-  return [np.array([known[word] for word in one], int) for one in found]
 
 
 def decoder_config(setting: ConfigDict, vocab: int) -> DecoderConfig:

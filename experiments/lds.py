@@ -17,10 +17,11 @@ import numpy as np
 from absl import app
 
 from experiments import launch
-from tda.evaluation import lds, problem, stages
+from tda.evaluation import lds, problem, ranking, stages
 from tda.evaluation.lds import Interval
 from tda.evaluation.problem import Problem
 from tda.evaluation.stages import Attribution
+from tda.evaluation.workdir import Workdir
 from tda.report import figures, names, tables
 
 MAIN_FIGURE_QUERIES = 4
@@ -54,6 +55,8 @@ def main(_) -> None:
   workdir.record("seconds", {"total": total})
   table = [_row(k, rows[k], intervals[k]) for k in rows]
   print(tables.text(table, ceiling=ceiling))
+  if task.relevant is not None:
+    print(f"\n{_retrieved(task.relevant, rows, workdir)}")
   if "metasmoothness" in workdir.metrics():
     print(f"\nmetasmoothness {workdir.metrics()['metasmoothness']:.3f}")
   if setting.sweep_dampings:
@@ -89,6 +92,22 @@ def _draw(task: Problem, folder, rows, predicted, bank, intervals, ceiling):
       query_labels=[names[y] for y in task.queries["y"][some]],
       train_labels=[names[y] for y in train["y"]],
     )
+
+
+def _retrieved(
+  relevant: np.ndarray, rows: Mapping[str, Attribution], workdir: Workdir
+) -> str:
+  """How often each method finds the examples that are known to be right."""
+  found = {k: ranking.means(row.scores, relevant) for k, row in rows.items()}
+  workdir.record("retrieval", found)
+  best = sorted(found.items(), key=lambda item: -item[1]["MRR"])
+  body = [
+    [names.display(k), *(f"{x:.3f}" for x in v.values())] for k, v in best
+  ]
+  header = ["method", *next(iter(found.values()))]
+  right = [False, *[True] * (len(header) - 1)]
+  table = tables.aligned(header, body, right)
+  return f"Examples that are known to be right, among all\n{table}"
 
 
 def _choices(

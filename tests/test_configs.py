@@ -89,7 +89,8 @@ def test_config_is_a_setting_of_a_known_set(name):
   assert (full.name, smoke.name) == (name, f"{name}_smoke")
   assert full.dataset in registry.NAMES
   regression = full.dataset in ("diabetes", "parkinsons", "concrete")
-  assert full.likelihood == ("gaussian" if regression else "categorical")
+  language = "tokens" if full.dataset == "planted" else "categorical"
+  assert full.likelihood == ("gaussian" if regression else language)
   for size in (full, smoke):
     assert size.removal_ks[0] == 0
     assert size.removal_queries <= size.num_queries

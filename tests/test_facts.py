@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from tda.data import facts, text
+from tda.data import facts, packing, sentences, text
 
 SEEDS = (0, 1, 2)
 COUNTS = {"copies": 3, "paraphrases": 2, "reversals": 3, "distractors": 7}
@@ -125,3 +125,32 @@ def test_only_what_is_asked_for():
 def test_refuses(count, options, message):
   with pytest.raises(ValueError, match=message):
     facts.planted(count, 0, **options)
+
+
+def test_as_a_data_set_copies_are_relevant_and_answers_are_asked():
+  data = sentences.planted(seed=3, train_size=5 * 14, test_size=4)
+  corpus = facts.planted(5, 3)
+  assert data.kind == "language" and data.num_outputs == data.vocab
+  assert data.train["x"].shape == data.train["y"].shape
+  assert len(data.train["x"]) == 5 * 14 and len(data.test["x"]) == 4
+  documents, asked = packing.tokens(data.train), packing.tokens(data.test)
+  assert all(one[-1] == data.vocab - 1 for one in documents)
+  assert max(one.max() for one in documents) == data.vocab - 1
+  for q, question in enumerate(asked):
+    said = [" ".join(map(str, one)) for one in documents]
+    states = [" ".join(map(str, question)) in one for one in said]
+    np.testing.assert_array_equal(data.relevant[:, q], states)
+    answered = data.test["y"][q][data.test["mask"][q] > 0]
+    words = len(corpus.answers[q][1:-1].split()) + 1  # and the full stop
+    np.testing.assert_array_equal(answered, question[-words:])
+  assert data.relevant.sum(axis=0).tolist() == [4] * 4
+  np.testing.assert_array_equal(
+    data.train["mask"].sum(axis=1), [len(one) - 1 for one in documents]
+  )
+
+
+def test_a_data_set_has_whole_facts():
+  with pytest.raises(ValueError, match=r"train_size=15.*14 documents"):
+    sentences.planted(train_size=15)
+  with pytest.raises(ValueError, match="test_size=2"):
+    sentences.planted(train_size=14, test_size=2)

@@ -12,8 +12,6 @@ import pytest
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
 
-from experiments import language
-
 ROOT = pathlib.Path(__file__).parent.parent
 run = functools.partial(
   subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False
@@ -59,9 +57,3 @@ def test_queries_of_other_documents_come_with_completions(tmp_path):
     done = run(command(tmp_path, *flags, *more))
     assert done.returncode != 0
     assert message in done.stderr
-
-
-def test_words_are_numbered_alike_in_documents_and_queries():
-  first, second = language.words(["A dog, a cat.", "The cat"])
-  assert first[0] == first[3] and first[4] == second[1]  # after the comma
-  assert second[0] not in first

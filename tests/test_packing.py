@@ -134,3 +134,13 @@ def test_refuses(given, options, message):
 def test_refuses_long_completions():
   with pytest.raises(ValueError, match=r"3 and an answer of 2 .* at most 4"):
     packing.completion([1, 2, 3], [4, 5], 3)
+
+
+def test_tokens_come_back_from_rows_of_one_document():
+  given = documents([2, 9, 5])
+  rows = [packing.completion(one[:1], one[1:], 8) for one in given]
+  joined = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  for found, one in zip(packing.tokens(joined), given, strict=True):
+    np.testing.assert_array_equal(found, one)
+  with pytest.raises(ValueError, match="row 0 holds several documents"):
+    packing.tokens(packing.pack(documents([3, 3]), 8))

@@ -236,3 +236,36 @@ def test_repetitions_of_the_attributed_run(tmp_path):
   np.testing.assert_allclose(
     bank["value"][1, 0], task.measure(params)["value"], rtol=1e-4
   )
+
+
+def test_a_language_model_is_right_where_every_token_of_the_answer_is(tmp_path):
+  setting = dataclasses.replace(
+    SETTING,
+    dataset="planted",
+    train_size=28,
+    test_size=0,
+    likelihood="tokens",
+    model="decoder",
+    features=(32,),
+    methods=("bm25",),
+  )
+  task = problem.build(setting)
+  params, queries = task.init(jax.random.key(0)), task.queries
+  outputs = jax.vmap(task.objective.outputs, (None, 0))(params, queries)
+  log_p = np.asarray(jax.nn.log_softmax(outputs), np.float64)
+  asked = queries["mask"] > 0
+  picked = np.take_along_axis(log_p, queries["y"][..., None], 2)[..., 0]
+  said = dict(task.queries) | {"y": log_p.argmax(axis=2)}
+  half = {k: np.concatenate([queries[k], said[k]]) for k in queries}
+  half["y"][0][asked[0]] = said["y"][0][asked[0]]  # right but for one token
+  half["y"][0][np.argmax(asked[0])] += 1
+  measured = task.measure.func(half, params)
+  np.testing.assert_array_equal(measured["correct"], [0, 0, 1, 1])
+  np.testing.assert_allclose(
+    measured["value"][1], -picked[1][asked[1]].sum(), rtol=1e-5
+  )
+  scores = stages.attributed(task, Workdir(str(tmp_path), {}))["bm25"].scores
+  assert task.relevant[scores[:, 0].argmax(), 0]
+  pictures = problem.build(dataclasses.replace(SETTING, methods=("bm25",)))
+  with pytest.raises(ValueError, match="digits has none"):
+    stages.attributed(pictures, Workdir(str(tmp_path / "other"), {}))

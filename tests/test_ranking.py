@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
+from tda.evaluation import ranking
 from tda.evaluation.ranking import (
   average_precision,
   recall_at,
@@ -107,3 +108,13 @@ def test_refuses(measure):
 def test_refuses_k(k):
   with pytest.raises(ValueError, match=f"k = {k} of 40 documents: take"):
     recall_at(*case(0), k)
+
+
+def test_means_are_of_the_queries():
+  scores, relevant = case(0)
+  k = int(relevant.sum(0).max())
+  assert ranking.means(scores, relevant) == {
+    f"recall@{k}": recall_at(scores, relevant, k).mean(),
+    "MRR": reciprocal_rank(scores, relevant).mean(),
+    "mean precision": average_precision(scores, relevant).mean(),
+  }

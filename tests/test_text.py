@@ -66,3 +66,10 @@ def test_a_file_of_tokenizers(tmp_path):
     text.tokenizer(tmp_path / "tokenizer.json", end="</s>")
   with pytest.raises(ValueError, match=r"unknown tokenizer .*'bytes'"):
     text.tokenizer("gpt2")
+
+
+def test_words_are_numbered_alike_in_all_texts():
+  (first, second), count = text.words(["A dog, a cat.", "The cat"])
+  assert first[0] == first[3] and first[4] == second[1]  # after the comma
+  assert second[0] not in first
+  assert count == 6 and {*first, *second} == {*range(6)}

@@ -1,9 +1,12 @@
 """What every loader returns, and what may be done to it before training.
 
-A dataset is a training and a test dictionary {"x", "y"} of NumPy arrays.
+A dataset is a training and a test dictionary {"x", "y"} of NumPy arrays; one of
+texts has "segments" and "mask" too (`tda.data.packing`).
 
-Notation: N examples, F columns, H rows and W columns of pixels, K classes.
+Notation: N examples, F columns, H rows and W columns of pixels, K classes, T
+positions.
   x  float32: [N, F] for a table, [N, H, W, 1] in 0..1 for grey pictures
+     int32 [N, T] for tokens of text, and y the tokens that follow
   y  int32 [N] in 0..K-1 for classification; float32 [N, 1] for regression,
      the shape of a network's single output
 
@@ -25,10 +28,14 @@ class Dataset(NamedTuple):
   train: Arrays
   test: Arrays
   class_names: tuple[str, ...] = ()  # K names; none for regression
+  vocab: int = 0  # tokens that texts are made of
+  relevant: np.ndarray | None = None  # [N, tests] bool, where that is known
 
   @property
   def kind(self) -> str:
-    """Either "classification" or "regression"."""
+    """One of "language", "classification" and "regression"."""
+    if self.vocab:
+      return "language"
     return "classification" if self.class_names else "regression"
 
   @property
@@ -38,8 +45,8 @@ class Dataset(NamedTuple):
 
   @property
   def num_outputs(self) -> int:
-    """Outputs that a model needs: K, or one per regression target."""
-    return self.num_classes or self.train["y"].shape[1]
+    """Outputs that a model needs: tokens, K, or one per regression target."""
+    return self.vocab or self.num_classes or self.train["y"].shape[1]
 
   @property
   def image_shape(self) -> tuple[int, ...] | None:

@@ -104,6 +104,16 @@ def completion(
   return {name: x[0] for name, x in rows.items()}
 
 
+def tokens(rows: Rows) -> list[np.ndarray]:
+  """The tokens of each row, which is one document and predicts its last."""
+  several = np.flatnonzero(rows["segments"].max(axis=1) > 1)
+  if len(several):
+    raise ValueError(f"row {several[0]} holds several documents: pack one each")
+  whole = np.column_stack([rows["x"], rows["y"][:, -1]])
+  kept = np.column_stack([rows["segments"], rows["mask"][:, -1]]) > 0
+  return [row[inside] for row, inside in zip(whole, kept, strict=True)]
+
+
 def filled(rows: Rows) -> float:
   """Share of positions that predict something."""
   return float(rows["mask"].mean())

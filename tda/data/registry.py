@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tda.data import bundled, idx, tables
+from tda.data import bundled, idx, sentences, tables
 from tda.data.datasets import Dataset
 
 _BUNDLED: dict[str, Callable[..., Dataset]] = {
   "digits": bundled.digits,
   "diabetes": bundled.diabetes,
   "mnist5k": bundled.mnist5k,
+  "planted": sentences.planted,
 }
 _TABLES: dict[str, Callable[..., Dataset]] = {
   "parkinsons": tables.parkinsons,

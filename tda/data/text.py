@@ -6,6 +6,7 @@ tokenizer.json of Hugging Face, which needs the extra `lm`.
 """
 
 import json
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -139,6 +140,17 @@ def encode(
   """
   bar = tqdm.tqdm(texts, desc=label, unit="document", disable=not label)
   return [np.asarray([*by.encode(text), by.end], np.int32) for text in bar]
+
+
+def words(texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
+  """Numbers of the words and marks of each text, and how many differ.
+
+  Small and capital letters are the same.
+  """
+  found = [re.findall(r"\w+|[^\w\s]", one.lower()) for one in texts]
+  every = sorted({word for one in found for word in one})
+  known = {word: i for i, word in enumerate(every)}
+  return [np.array([known[x] for x in one], int) for one in found], len(every)
 
 
 def tokenizers() -> ModuleType:

@@ -21,6 +21,7 @@ from tda.inverse import spectral
 from tda.inverse.spectral import Damping
 from tda.likelihoods import Objective
 from tda.models import build as models
+from tda.models.build import Model
 from tda.runs import Stage
 
 PyTree = Any
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
     init: key -> params.
     stages: the same training for `tda.runs`.
     measure: params -> {"value": [Q], "correct": [Q]}; "correct" is 1 where the
-      query is predicted right, and 0 for regression.
+      query is predicted right, of a text every token, and 0 for regression.
     key: of everything random; split by the name of its use.
   """
 
@@ -53,6 +54,12 @@ class Problem(NamedTuple):
   stages: tuple[Stage, ...]
   measure: Partial
   key: jax.Array
+
+  @property
+  def relevant(self) -> np.ndarray | None:
+    """The examples that are known to be right for each query, bool [N, Q]."""
+    known = self.dataset.relevant
+    return None if known is None else known[:, : len(self.queries["y"])]
 
   def key_for(self, use: str) -> jax.Array:
     """A key of its own for each use, whatever order they come in."""
@@ -114,22 +121,15 @@ def build(setting: Setting, size: int | None = None) -> Problem:
   )
   dataset, second = training.split(setting, dataset)
   model = models.build(setting.model, setting.features, dataset)
-  objective = Objective(
-    lambda params, example: model.apply(params, example["x"]),
-    _likelihood(setting.likelihood),
-    lambda example: example["y"],
-  )
+  objective = _objective(setting.likelihood, model)
   measurement = _measurement(setting.measurement, objective)
   queries = jax.tree.map(lambda x: x[: setting.num_queries], dataset.test)
   stages = training.stages(setting, objective.loss, dataset.train, second)
-  categorical = setting.likelihood == "categorical"
 
   def measure(queries, params):
     outputs = jax.vmap(objective.outputs, (None, 0))(params, queries)
     value = jax.vmap(measurement, (None, 0))(params, queries)
-    right = jnp.zeros(len(outputs), bool)
-    if categorical:
-      right = outputs.argmax(axis=-1) == queries["y"]
+    right = _right(setting.likelihood, outputs, queries)
     return {"value": value, "correct": right.astype(jnp.float32)}
 
   arrays = jax.tree.map(jnp.asarray, dict(queries))
@@ -148,14 +148,35 @@ def build(setting: Setting, size: int | None = None) -> Problem:
   )
 
 
-def _likelihood(name: str) -> likelihoods.Likelihood:
+def _objective(name: str, model: Model) -> Objective:
   choices = {
     "categorical": likelihoods.categorical,
     "gaussian": likelihoods.gaussian,
+    "tokens": likelihoods.token_categorical,
   }
   if name not in choices:
     raise ValueError(f"unknown likelihood {name!r}; choose of {[*choices]}")
-  return choices[name]()
+  objective = Objective(
+    lambda params, example: model.apply(params, example["x"]),
+    choices[name](),
+    lambda example: example["y"],
+  )
+  if name != "tokens":
+    return objective
+  return objective._replace(
+    target=lambda example: (example["y"], example["mask"]),
+    segments=lambda example: example["segments"],
+  )
+
+
+def _right(name: str, outputs: jax.Array, queries: PyTree) -> jax.Array:
+  """Whether each query is predicted right [Q]."""
+  if name == "gaussian":
+    return jnp.zeros(len(outputs), bool)
+  right = outputs.argmax(axis=-1) == queries["y"]
+  if name == "tokens":
+    right = (right | (queries["mask"] == 0)).all(axis=-1)
+  return right
 
 
 def _measurement(name: str, objective: Objective) -> Callable:

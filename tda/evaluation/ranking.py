@@ -53,6 +53,19 @@ def average_precision(scores: Array, relevant: Array) -> np.ndarray:
   return (precision_DxQ * hits_DxQ).sum(0) / hits_DxQ.sum(0)
 
 
+def means(scores: Array, relevant: Array) -> dict[str, float]:
+  """Means over queries by name, recall at the most relevant documents of one.
+
+  `scores` [D, Q] and `relevant` bool [D, Q].
+  """
+  k = int(np.sum(relevant, axis=0).max())
+  return {
+    f"recall@{k}": float(recall_at(scores, relevant, k).mean()),
+    "MRR": float(reciprocal_rank(scores, relevant).mean()),
+    "mean precision": float(average_precision(scores, relevant).mean()),
+  }
+
+
 def _ranked(scores: Array, relevant: Array) -> np.ndarray:
   """Whether the document of each rank is relevant, best first: bool [D, Q]."""
   scores_DxQ = np.asarray(scores, np.float64)

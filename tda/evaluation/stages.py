@@ -13,6 +13,7 @@ import numpy as np
 from tda import checkpoints, streams
 from tda.attribution import inverses, methods, trak
 from tda.curvature import labels as labels_lib
+from tda.data import packing, retrieval
 from tda.evaluation import along, retraining
 from tda.evaluation.problem import Problem
 from tda.evaluation.settings import Setting
@@ -73,7 +74,19 @@ def attributed(problem: Problem, workdir: Workdir) -> dict[str, Attribution]:
       values = workdir.stage(f"trak_{some}", compute)
       name = f"trak of {some}" if some > 1 else "trak"
       rows[name] = Attribution(values["trak"], "", "", models=some)
+  if "bm25" in problem.setting.methods:
+    rows["bm25"] = Attribution(_bm25(problem), "", "")
   return rows
+
+
+def _bm25(problem: Problem) -> np.ndarray:
+  if problem.dataset.kind != "language":
+    raise ValueError(
+      f"bm25 compares words, and {problem.dataset.name} has none: leave it out"
+      " of the methods"
+    )
+  documents = packing.tokens(problem.dataset.train)
+  return retrieval.bm25(documents, packing.tokens(dict(problem.queries)))
 
 
 def _trak(problem: Problem, members: list[PyTree]) -> dict[str, np.ndarray]:
@@ -194,7 +207,7 @@ def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
 
 def _rounds(setting: Setting) -> list[Round]:
   """(labels, dampings, methods): the main round, then the sweep's."""
-  others = {"trak", *along.METHODS}
+  others = {"trak", "bm25", *along.METHODS}
   ends = tuple(m for m in setting.methods if m not in others)
   rounds: list[Round] = []
   if ends:
