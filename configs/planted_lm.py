@@ -24,6 +24,7 @@ def get_config(size: str = "full") -> ConfigDict:
   config.update(name="planted_lm", documents="planted", length=128)
   config.update(steps=330, learning_rate=2e-3, batch_size=16)
   config.model = ""  # a folder, or a .gguf with its tokenizer; "": trained here
+  config.tune = False  # train on from that model
 
   # Facts, and the documents of each kind that go with one.
   config.facts = 48
@@ -33,8 +34,10 @@ def get_config(size: str = "full") -> ConfigDict:
   config.distractors = 6
 
   # Attribution.
-  config.prompts = ()  # of documents that are not planted; with completions
-  config.completions = ()
+  config.prompts = ()  # of documents that are not planted
+  config.completions = ()  # one for each, or none: what the model answers
+  config.answer_tokens = 48  # at most, of an answer
+  config.limit = 0  # documents, the first; 0 for all
   config.sites = "mlp"  # or "linear": every matrix of the blocks
   config.labels = "sampled"
   config.damping = "0.1 relative"

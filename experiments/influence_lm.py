@@ -5,8 +5,13 @@
     --config.documents=FOLDER --config.pattern="*.txt" \
     --config.model=workdir/train_lm/stdlib_lm/model \
     --config.prompts="('def main(',)" --config.completions="('argv):',)"
+  python -m experiments.influence_lm --workdir=FOLDER_OF_RESULTS \
+    --config.documents=gsm8k.jsonl --config.pattern=question,answer \
+    --config.model=SmolLM2.gguf --config.tune=True --config.steps=30 \
+    --config.prompts="('Tom has 3 apples ... How many are left?\\n',)"
 
-Scores every document of a corpus for every pair of prompt and completion by
+Without completions it is asked what made the model answer the prompts as it
+does. Scores every document of a corpus for every prompt and completion by
 EK-FAC influence, products and cosines of gradients, and words in common; shows
 the first documents of each query, the shares of the layers and how heavy the
 tail is. Of planted facts it is known which documents teach them: then it says
@@ -35,7 +40,7 @@ from tda.data.packing import Rows
 from tda.evaluation import ranking, tails
 from tda.evaluation.workdir import Workdir
 from tda.inverse import spectral
-from tda.models import decoder, training
+from tda.models import decoder, generation, training
 from tda.report import tables
 from tda.report.names import display
 
@@ -49,12 +54,18 @@ SHOWN = 100  # characters of a document
 SITES = ("mlp", "linear")
 METHODS = ("ekfac", "gradient_dot", "gradient_cosine")
 ASKED = {"name", "prompts", "completions", "damping", "rank", "query_batch"}
-ASKED |= {"top", "shown", "prefilter"}  # of which a fit does not depend
+ASKED |= {
+  "top",
+  "shown",
+  "prefilter",
+  "answer_tokens",
+}  # of which a fit does not depend
 
 
 class Task(NamedTuple):
   """A corpus, what is asked of it, and what is known to be right."""
 
+  names: list[str]
   texts: list[str]
   pairs: list[tuple[str, str]]
   kinds: np.ndarray | None  # [D], of planted documents
@@ -72,7 +83,9 @@ def main(_) -> None:
   model = language.load(setting) if setting.model else None
   tokenizer = model.tokenizer if model else language.tokenizer(setting)
   rows = language.packed(setting, tokenizer, task.texts, "documents")
-  queries = attribution.completions(task.pairs, tokenizer, setting.length)
+  asks_itself = task.kinds is None and not setting.completions
+  if not asks_itself:  # wrong ones are told before anything is trained
+    queries = attribution.completions(task.pairs, tokenizer, setting.length)
   # What a query asks for may change; what was fitted for others is kept.
   workdir = Workdir(
     path,
@@ -80,16 +93,18 @@ def main(_) -> None:
     | {"data": records.digest(rows)}
     | {"weights": records.digest(model.params) if model else "trained here"},
   )
-  words = lexical(task)
-  if model is None:
-    model = language.train(setting, workdir, tokenizer, rows)
+  if model is None or setting.tune:
+    model = language.train(setting, workdir, tokenizer, rows, model)
+  if asks_itself:
+    task = answered(setting, workdir, model, task)
+    queries = attribution.completions(task.pairs, tokenizer, setting.length)
   which = records.digest(queries)[:8]
   which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")
   found = workdir.stage(
     f"scores_{which}",
     lambda: scored(setting, workdir, model, rows, queries, which),
   )
-  scores = {k: found[k] for k in METHODS if k in found} | words
+  scores = {k: found[k] for k in METHODS if k in found} | lexical(task)
   print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
   workdir.record("surprisal", float(found["surprisal"].mean()))
   _show(setting, task, scores["ekfac"])
@@ -114,16 +129,58 @@ def asked(setting: ConfigDict) -> Task:
       )
     corpus = language.planted(setting)
     pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
-    return Task(corpus.documents, pairs, corpus.kinds, corpus.fact)
-  if len(setting.prompts) != len(setting.completions) or not setting.prompts:
+    known = zip(corpus.kinds, corpus.fact, strict=True)
+    names = [f"{kind} of fact {fact}" for kind, fact in known]
+    return Task(names, corpus.documents, pairs, corpus.kinds, corpus.fact)
+  prompts = setting.prompts
+  completions = setting.completions or [""] * len(prompts)
+  if len(prompts) != len(completions) or not prompts:
     raise ValueError(
-      f"{len(setting.prompts)} prompts and {len(setting.completions)}"
-      " completions: give --config.prompts and --config.completions, tuples of"
-      " text of the same length"
+      f"{len(prompts)} prompts and {len(completions)} completions: give"
+      " --config.prompts and --config.completions, tuples of text of the same"
+      " length, or prompts alone, for what the model answers"
     )
-  pairs = list(zip(setting.prompts, setting.completions, strict=True))
   texts = text.documents(setting.documents, setting.pattern)
-  return Task(texts, pairs, None, None)
+  names = [*texts][: setting.limit or None]
+  pairs = list(zip(prompts, completions, strict=True))
+  return Task(names, [texts[name] for name in names], pairs, None, None)
+
+
+def answered(
+  setting: ConfigDict, workdir: Workdir, model: Model, task: Task
+) -> Task:
+  """With what the model itself says as completions."""
+  by, prompts = model.tokenizer, [prompt for prompt, _ in task.pairs]
+  tokens = [by.encode(prompt) for prompt in prompts]
+
+  def compute():
+    found = generation.greedy(
+      model.config,
+      model.params,
+      tokens,
+      setting.answer_tokens,
+      end=by.end,
+      label="answers",
+    )
+    padded = np.full((len(found), setting.answer_tokens), -1)
+    for row, one in zip(padded, found, strict=True):
+      row[: len(one)] = one
+    return {"answers": padded}
+
+  which = records.digest({"prompts": np.array(prompts)})[:8]
+  which = f"answers_{which}_{setting.answer_tokens}"
+  rows = workdir.stage(which, compute)["answers"]
+  said = [by.decode(row[row >= 0].tolist()) for row in rows]
+  silent = [
+    prompt for prompt, one in zip(prompts, said, strict=True) if not one
+  ]
+  if silent:
+    raise ValueError(
+      f"the model ends after {silent[0]!r} without a word: ask otherwise, or"
+      " give --config.completions"
+    )
+  workdir.record("answers", dict(zip(prompts, said, strict=True)))
+  return task._replace(pairs=list(zip(prompts, said, strict=True)))
 
 
 def scored(
@@ -208,10 +265,9 @@ def _show(setting: ConfigDict, task: Task, scores: np.ndarray) -> None:
     for place in best[:, q]:
       kind = ""
       if task.kinds is not None and task.fact is not None:
-        own = "" if task.fact[place] == q else " of another fact"
-        kind = f"  [{task.kinds[place]}{own}]"
+        kind = "" if task.fact[place] == q else ", another"
       shown = " ".join(task.texts[place][:SHOWN].split())
-      print(f"  {scores[place, q]:+10.4g}{kind}  {shown}")
+      print(f"  {scores[place, q]:+10.4g}  {task.names[place]}{kind}: {shown}")
 
 
 def _concentration(workdir: Workdir, scores: np.ndarray) -> str:

@@ -46,7 +46,7 @@ def planted(setting: ConfigDict) -> Planted:
 
 def split(setting: ConfigDict) -> tuple[list[str], list[str]]:
   """Texts to train on, and others."""
-  texts = text.documents(setting.documents, setting.pattern)
+  texts = list(text.documents(setting.documents, setting.pattern).values())
   order = np.random.default_rng(setting.seed).permutation(len(texts))
   held = max(1, round(setting.held_out * len(texts)))
   if held >= len(texts):
@@ -95,15 +95,25 @@ def tokenizer(setting: ConfigDict) -> Tokenizer:
 
 
 def train(
-  setting: ConfigDict, workdir: Workdir, tokenizer: Tokenizer, rows: Rows
+  setting: ConfigDict,
+  workdir: Workdir,
+  tokenizer: Tokenizer,
+  rows: Rows,
+  start: Model | None = None,
 ) -> Model:
-  """A model of the setting's size, trained on rows; a stopped run goes on."""
+  """A model of the setting's size, or `start`, trained on rows.
+
+  A run that was stopped goes on.
+  """
   config = decoder_config(setting, tokenizer.vocab)
+  if start is not None:
+    config = start.config
   with workdir.timed("train"):
     params, losses = training.train(
       config,
       recipe(setting),
       rows,
+      params=start and start.params,
       mesh=mesh(setting),
       directory=workdir.folder("checkpoints"),
       label="train",

@@ -51,9 +51,32 @@ def test_planted_facts_are_asked_for_and_a_run_is_read_again(tmp_path):
 def test_queries_of_other_documents_come_with_completions(tmp_path):
   flags = ("--config.documents=stdlib", "--config.prompts=('def ',)")
   for more, message in (
-    ((), "1 prompts and 0 completions"),
+    (("--config.completions=('a','b')",), "1 prompts and 2 completions"),
     (("--config.sites=all",), "sites='all'"),
   ):
     done = run(command(tmp_path, *flags, *more))
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_prompts_alone_ask_what_the_model_answers(tmp_path):
+  corpus = tmp_path / "corpus.jsonl"
+  said = [f"{i} apples and {i} pears are {2 * i}" for i in range(8)]
+  lines = [json.dumps({"q": "How many?", "a": one}) for one in said]
+  corpus.write_text("\n".join(lines))
+  done = run(
+    command(
+      tmp_path / "results",
+      f"--config.documents={corpus}",
+      "--config.pattern=q,a",
+      "--config.limit=6",
+      "--config.layers=1",
+      "--config.prompts=('How many?',)",
+      "--config.answer_tokens=3",
+    )
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+  assert 1 <= len(metrics["answers"]["How many?"].encode()) <= 9
+  assert "line 3: How many? 2 apples" in done.stdout
+  assert "line 7" not in done.stdout

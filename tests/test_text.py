@@ -13,14 +13,17 @@ def test_folder_in_the_order_of_names(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "x.txt").write_bytes(b"caf\xe9")
   (tmp_path / "c.md").write_text("other")
-  assert text.folder(tmp_path) == ["caf\ufffd", "second"]
-  assert text.folder(tmp_path, "*.md") == ["other"]
+  found = {"a/x.txt": "caf\ufffd", "b.txt": "second"}
+  assert text.folder(tmp_path) == found and list(found) == sorted(found)
+  assert text.folder(tmp_path, "*.md") == {"c.md": "other"}
   with pytest.raises(ValueError, match=r"matches '\*\.py'"):
     text.folder(tmp_path, "*.py")
   (tmp_path / "d.txt").write_text(" \n")
-  with pytest.raises(ValueError, match=r"1 documents are empty \(.*d\.txt\)"):
+  with pytest.raises(
+    ValueError, match=r"1 documents of .* are empty \(d\.txt\)"
+  ):
     text.folder(tmp_path)
-  assert text.folder(tmp_path, skip_empty=True) == ["caf\ufffd", "second"]
+  assert text.folder(tmp_path, skip_empty=True) == found
 
 
 def test_jsonl(tmp_path):
@@ -28,21 +31,25 @@ def test_jsonl(tmp_path):
   rows = [{"text": "a\u2028b", "id": 1}, {"text": "c"}]
   lines = [json.dumps(row, ensure_ascii=False) for row in rows]
   path.write_text("\n\n".join(lines) + "\n", "utf-8")
-  assert text.jsonl(path) == ["a\u2028b", "c"]
+  assert text.jsonl(path) == {"line 1": "a\u2028b", "line 3": "c"}
   with pytest.raises(ValueError, match=r"line 1 of .*'body'; it has \['id', "):
     text.jsonl(path, "body")
+  path.write_text('{"text": "a", "more": "b"}\n{"text": "c", "more": "d"}\n')
+  both = text.jsonl(path, "more,text")
+  assert both == {"line 1": "b\na", "line 2": "d\nc"}
   path.write_text('{"text": ""}\n')
-  with pytest.raises(ValueError, match=r"1 documents are empty .line 1 of"):
+  with pytest.raises(ValueError, match=r"1 documents of .* empty .line 1\)"):
     text.jsonl(path)
   with pytest.raises(ValueError, match="there is no file"):
     text.jsonl(tmp_path / "y.jsonl")
 
 
 def test_documents_by_name(tmp_path):
-  assert any("def fnmatch(" in x for x in text.documents("stdlib", "f*.py"))
+  assert "def fnmatch(" in text.documents("stdlib", "f*.py")["fnmatch.py"]
   (tmp_path / "x.jsonl").write_text('{"a": "b"}\n{"a": ""}\n')
-  assert text.documents(str(tmp_path / "x.jsonl"), "a") == ["b"]
-  assert text.documents(str(tmp_path), "*.jsonl")[0].startswith('{"a"')
+  assert text.documents(str(tmp_path / "x.jsonl"), "a") == {"line 1": "b"}
+  found = text.documents(str(tmp_path), "*.jsonl")
+  assert found["x.jsonl"].startswith('{"a"')
 
 
 def test_bytes():

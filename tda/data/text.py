@@ -35,12 +35,13 @@ class Tokenizer(NamedTuple):
   end: int
 
 
-def documents(source: str, pattern: str) -> list[str]:
-  """Texts by name, empty ones left out.
+def documents(source: str, pattern: str) -> dict[str, str]:
+  """Texts by their names, empty ones left out.
 
   Args:
     source: "stdlib" (of the running Python), a folder, or a file.jsonl.
-    pattern: of a folder's files; of a JSONL file the field of the text.
+    pattern: of a folder's files; of a JSONL file the field of the text, or
+      several.
   """
   if source == "stdlib":
     source = sysconfig.get_path("stdlib")
@@ -51,8 +52,8 @@ def documents(source: str, pattern: str) -> list[str]:
 
 def folder(
   path: str | Path, pattern: str = "**/*.txt", *, skip_empty: bool = False
-) -> list[str]:
-  """The text of every file of a folder that matches, in the order of names.
+) -> dict[str, str]:
+  """{file: text} of all that match in a folder, in the order of names.
 
   Bytes that are not UTF-8 become U+FFFD. A document without text is an error
   unless `skip_empty`.
@@ -63,31 +64,38 @@ def folder(
       f"no file of {path} matches {pattern!r}; give the folder of the documents"
       " and a pattern such as '**/*.py'"
     )
-  texts = [file.read_text("utf-8", errors="replace") for file in files]
-  return _filled(texts, [str(file) for file in files], skip_empty)
+  texts = {
+    str(file.relative_to(path)): file.read_text("utf-8", errors="replace")
+    for file in files
+  }
+  return _filled(texts, path, skip_empty)
 
 
 def jsonl(
   path: str | Path, field: str = "text", *, skip_empty: bool = False
-) -> list[str]:
-  """One field of every line of a JSONL file; blank lines are passed over."""
+) -> dict[str, str]:
+  """{"line 1": text} of a JSONL file; blank lines are passed over.
+
+  A `field` "question,answer" is two of them with a line break between.
+  """
   path = Path(path)
   if not path.is_file():
     raise ValueError(f"there is no file {path}")
-  texts, places = [], []
+  fields, texts = field.split(","), {}
   for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
     if not line.strip():
       continue
     row = json.loads(line)
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-      has = sorted(row) if isinstance(row, dict) else type(row).__name__
-      raise ValueError(
-        f"line {number} of {path} has no text in {field!r}; it has {has}: give"
-        " its name as `field`"
-      )
-    texts.append(row[field])
-    places.append(f"line {number} of {path}")
-  return _filled(texts, places, skip_empty)
+    found = row if isinstance(row, dict) else {}
+    for name in fields:
+      if not isinstance(found.get(name), str):
+        has = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(
+          f"line {number} of {path} has no text in {name!r}; it has {has}: give"
+          " its name as `field`"
+        )
+    texts[f"line {number}"] = "\n".join(row[name] for name in fields)
+  return _filled(texts, path, skip_empty)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -158,14 +166,14 @@ def tokenizers() -> ModuleType:
   return extras.package("tokenizers", "this tokenizer", "lm")
 
 
-def _filled(texts: list[str], places: list[str], skip: bool) -> list[str]:
+def _filled(
+  texts: dict[str, str], path: str | Path, skip: bool
+) -> dict[str, str]:
   """The texts that are more than white space."""
-  filled = [text for text in texts if text.strip()]
-  if not filled or (len(filled) < len(texts) and not skip):
-    pairs = zip(texts, places, strict=True)
-    empty = [place for text, place in pairs if not text.strip()]
+  empty = [name for name, text in texts.items() if not text.strip()]
+  if len(empty) == len(texts) or (empty and not skip):
     raise ValueError(
-      f"{len(empty)} documents are empty ({', '.join(empty[:5])}) of"
+      f"{len(empty)} documents of {path} are empty ({', '.join(empty[:5])}) of"
       f" {len(texts)}; skip_empty=True leaves them out"
     )
-  return filled
+  return {name: text for name, text in texts.items() if name not in empty}
