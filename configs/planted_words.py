@@ -29,7 +29,7 @@ def get_config(size: str = "full") -> ConfigDict:
     batch_size=16,
     learning_rate=2e-3,
     weight_decay=1e-2,
-    num_queries=48,
+    num_queries=24,
     methods=(
       "random",
       "bm25",
@@ -46,6 +46,7 @@ def get_config(size: str = "full") -> ConfigDict:
     sweep_labels=("sampled",),
     sweep_dampings=("0.01 relative", "0.1 relative", "1 relative"),
     fit_batch_size=112,
+    solver_iterations=16,
     subsets=50,
     retrain_seeds=2,
     removal_ks=(0, 2, 4, 8),

@@ -9,7 +9,7 @@ import numpy as np
 from tda.data import facts, packing, text
 from tda.data.datasets import Arrays, Dataset, checked_size
 
-FACTS = 48  # unless train_size says otherwise
+FACTS = 24  # unless train_size says otherwise
 
 
 def planted(
@@ -23,7 +23,7 @@ def planted(
 
   Args:
     seed: of the facts and of the order.
-    train_size: documents, a multiple of the 14 of each fact; 0 for 48 facts.
+    train_size: documents, a multiple of the 14 of each fact; 0 for 24 facts.
     test_size: queries; 0 for all facts.
   """
   each = len(facts.planted(1, seed).documents)
