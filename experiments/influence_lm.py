@@ -214,8 +214,7 @@ def scored(
     "ekfac": inverse,
     "gradient_dot": Identity(),
   }
-  whole = np.bincount(_owners(rows)).max() == 1
-  if whole and not setting.rank:  # pieces and approximations have no cosine
+  if not (attribution.cut(rows) or setting.rank):  # which have no cosine
     responses["gradient_cosine"] = Cosine(Identity())
   score = influence.scorer(
     found,
@@ -242,12 +241,6 @@ def lexical(task: Task) -> dict[str, np.ndarray]:
   words, _ = text.words([*task.texts, *map("".join, task.pairs)])
   of = {"bm25": retrieval.bm25, "tfidf": retrieval.tfidf}
   return {k: score(words[:count], words[count:]) for k, score in of.items()}
-
-
-def _owners(rows: Rows) -> np.ndarray:
-  """The document of each piece."""
-  found = attribution.owner(rows, int(rows["segments"].max()))
-  return found[found >= 0]
 
 
 def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:

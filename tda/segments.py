@@ -75,7 +75,10 @@ def compress(blocks: Blocks, rank: int, *, steps: int = 2) -> dict:
   for name, x in blocks.items():
     outputs, inputs = x.shape[-2:]
     small = rank * (outputs + inputs) < outputs * inputs
-    found[name] = _low_rank(x, rank, steps) if small else x
+    # One at a time: see `kronecker.eigenbasis`.
+    found[name] = x
+    if small:
+      found[name] = jax.block_until_ready(_low_rank(x, rank, steps))
   return found
 
 

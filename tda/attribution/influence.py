@@ -95,12 +95,7 @@ def scorer(
     asked = params
     if query_params is not None:
       asked = meshes.replicate(query_params, loop.mesh)
-    cosine = any(isinstance(r, Cosine) for r in responses.values())
-    if cosine and (shares == "tokens" or rank is not None):
-      raise ValueError(
-        "cosines are of rows or segments, and of whole queries: leave out"
-        f" shares={shares!r} or rank={rank}"
-      )
+    cosine = _any_cosine(responses, shares, rank)
     count = products.parts_of(shares, objective, train)
     run, norms, pieces, infos = passing(cosine, count), None, [], []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
@@ -119,12 +114,10 @@ def scorer(
         {k: x.reshape(*x.shape[:-1], *shape) for k, x in values.items()}
       )
     found_infos = directions.joined(infos)
-    results = _results(found, responses, pieces, norms, keep)
+    results = _results(found, responses, pieces, norms, shares)
     return {
       name: scores._replace(
-        shares=shares,
-        info=found_infos.get(name),
-        by_site=scores.by_site if by_site else None,
+        info=found_infos.get(name), by_site=scores.by_site if by_site else None
       )
       for name, scores in results.items()
     }
@@ -205,12 +198,24 @@ def coverage(found: Trace) -> float:
   return tracked / sum(math.prod(leaf.shape) for leaf in found.leaves)
 
 
+def _any_cosine(
+  responses: Mapping[str, Operator], shares: str, rank: int | None
+) -> bool:
+  cosine = any(isinstance(r, Cosine) for r in responses.values())
+  if cosine and (shares == "tokens" or rank is not None):
+    raise ValueError(
+      "cosines are of rows or segments, and of whole queries: leave out"
+      f" shares={shares!r} or rank={rank}"
+    )
+  return cosine
+
+
 def _results(
   found: Trace,
   responses: Mapping[str, Operator],
   pieces: Sequence[Mapping[str, np.ndarray]],
   norms: np.ndarray | None,
-  keep: int,
+  shares: str,
 ) -> dict[str, Scores]:
   """Scores of every response from the products of each batch of queries."""
   sites = {
@@ -220,7 +225,7 @@ def _results(
   results = {}
   for i, (name, response) in enumerate(responses.items()):
     mine = {k: x[..., i, :] for k, x in sites.items()}
-    results[name] = _scores(found, name, response, mine, norms, keep)
+    results[name] = _scores(found, name, response, mine, norms, shares)
   return results
 
 
@@ -230,7 +235,7 @@ def _scores(
   response: Operator,
   mine: Mapping[str, np.ndarray],
   norms: np.ndarray | None,
-  keep: int,
+  shares: str,
 ) -> Scores:
   """From inner products [N, *stack, (P,) Q] by block and norms [N, (P)]."""
   cosine = isinstance(response, Cosine)
@@ -239,7 +244,7 @@ def _scores(
   sites = {k: _divided(x, divisor) for k, x in mine.items()}
   inner = response.operator if isinstance(response, Cosine) else response
   return Scores(
-    gradients.over_blocks(sites, keep),
+    gradients.over_blocks(sites, 1 if shares == "rows" else 2),
     method=name,
     unit=SIMILARITY if cosine else CHANGE,
     normaliser=1 if cosine else n,
@@ -247,6 +252,7 @@ def _scores(
     labels=getattr(inner, "labels", None),
     coverage=coverage(found),
     by_site=sites,
+    shares=shares,
   )
 
 

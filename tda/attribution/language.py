@@ -107,10 +107,10 @@ def by_document(
   documents = last if documents is None else documents
   if documents < last:
     raise ValueError(f"the rows hold document {last - 1}, and D={documents}")
-  cut = int((np.bincount(found) > 1).sum())
-  if cut and (scores.unit == SIMILARITY or scores.values.ndim == 2):
+  pieces = cut(rows)
+  if pieces and (scores.unit == SIMILARITY or scores.values.ndim == 2):
     raise ValueError(
-      f"{scores.method} of {cut} documents that are cut into pieces: it does"
+      f"{scores.method} of {pieces} documents that are cut into pieces: it does"
       " not add up over them. Pack longer rows, or take the pieces as they are"
     )
 
@@ -126,6 +126,12 @@ def by_document(
   sites = scores.by_site and {k: joined(x) for k, x in scores.by_site.items()}
   values = joined(scores.values)
   return scores._replace(values=values, by_site=sites, shares="rows")
+
+
+def cut(rows: Rows) -> int:
+  """How many documents are cut into pieces."""
+  owners = owner(rows, int(rows["segments"].max()))
+  return int((np.bincount(owners[owners >= 0]) > 1).sum())
 
 
 def owner(rows: Rows, segments: int) -> np.ndarray:
