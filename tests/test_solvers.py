@@ -97,17 +97,23 @@ def test_series_reach_the_same_answer_from_minibatches_of_everything():
   assert (astra.info.status == Status.LIMIT).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (4, 2), (8, 1)])
+SOLVERS = ("cg", "astra", "lissa", "arnoldi")
+
+
+@functools.cache
+def short(shape=None):
+  """A few iterations of every solver, on a mesh or on one device."""
+  loop = Loop(8, mesh=meshes.mesh(*shape)) if shape else Loop()
+  budget = TIGHT._replace(limit=40, minibatch=4)
+  damping = [spectral.absolute(0.1)]
+  return attribute(list(SOLVERS), damping, budget=budget, loop=loop)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (8, 1)])
 def test_solvers_on_devices(shape):
   """Ten rows are filled up to as many on every device of four, or eight."""
-  names, damping = ["cg", "astra", "lissa", "arnoldi"], [spectral.absolute(0.1)]
-  budget = TIGHT._replace(limit=40, minibatch=4)
-  loop = Loop(8, mesh=meshes.mesh(*shape))
-  spread, plain = (
-    attribute(names, damping, budget=budget, loop=loop)
-    for loop in (loop, Loop())
-  )
-  for name in names:
+  spread, plain = short(shape), short()
+  for name in SOLVERS:
     want = plain[name].values
     np.testing.assert_allclose(
       spread[name].values, want, rtol=1e-7, atol=1e-9 * np.abs(want).max()
