@@ -23,8 +23,8 @@ PROMPTS = (
   " are left?\n",
   "Nora reads 15 pages on Monday and twice as many on Tuesday. How many pages"
   " does she read in all?\n",
-  "A shirt costs $40 and is sold at a discount of 25%. How much does Sam pay for"
-  " it?\n",
+  "A shirt costs $40 and is sold at a discount of 25%. How much does Sam pay"
+  " for it?\n",
 )
 
 
