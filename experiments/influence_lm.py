@@ -20,29 +20,25 @@ was stopped goes on.
 """
 
 import pathlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import language
+from experiments import influence_report, influence_task, language
+from experiments.influence_task import Task
 from experiments.language import Model
 from tda import blocks, records, streams
 from tda.attribution import influence
 from tda.attribution import language as attribution
 from tda.attribution.responses import Cosine, Identity
 from tda.curvature import fitting
-from tda.data import retrieval, text
 from tda.data.packing import Rows
-from tda.evaluation import ranking, tails
 from tda.evaluation.workdir import Workdir
 from tda.inverse import spectral
-from tda.models import decoder, generation, training
-from tda.report import tables
-from tda.report.names import display
+from tda.models import decoder, training
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/planted_lm.py", "Config file; its fields are flags too."
@@ -50,26 +46,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where results go; workdir/influence_lm/CONFIG unless given."
 )
-SHOWN = 100  # characters of a document
-SITES = ("mlp", "linear")
 METHODS = ("ekfac", "gradient_dot", "gradient_cosine")
-ASKED = {"name", "prompts", "completions", "damping", "rank", "query_batch"}
-ASKED |= {
-  "top",
-  "shown",
-  "prefilter",
-  "answer_tokens",
-}  # of which a fit does not depend
-
-
-class Task(NamedTuple):
-  """A corpus, what is asked of it, and what is known to be right."""
-
-  names: list[str]
-  texts: list[str]
-  pairs: list[tuple[str, str]]
-  kinds: np.ndarray | None  # [D], of planted documents
-  fact: np.ndarray | None  # [D]
+# Of these a fit does not depend.
+ASKED = {"name", "prompts", "completions", "answer_tokens", "damping", "rank"}
+ASKED |= {"query_batch", "top", "shown", "prefilter"}
 
 
 def main(_) -> None:
@@ -79,7 +59,7 @@ def main(_) -> None:
   path = _WORKDIR.value or str(default)
   devices = jax.device_count()
   print(f"{devices} {jax.default_backend()} device(s); results in {path}")
-  task = asked(setting)
+  task = influence_task.asked(setting)
   model = language.load(setting) if setting.model else None
   tokenizer = model.tokenizer if model else language.tokenizer(setting)
   rows = language.packed(setting, tokenizer, task.texts, "documents")
@@ -96,102 +76,32 @@ def main(_) -> None:
   if model is None or setting.tune:
     model = language.train(setting, workdir, tokenizer, rows, model)
   if asks_itself:
-    task = answered(setting, workdir, model, task)
+    task = influence_task.answered(setting, workdir, model, task)
     queries = attribution.completions(task.pairs, tokenizer, setting.length)
   which = records.digest(queries)[:8]
   which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")
   found = workdir.stage(
     f"scores_{which}",
-    lambda: scored(setting, workdir, model, rows, queries, which),
+    lambda: scored(setting, workdir, model, task, (rows, queries), which),
   )
-  scores = {k: found[k] for k in METHODS if k in found} | lexical(task)
-  print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
-  workdir.record("surprisal", float(found["surprisal"].mean()))
-  _show(setting, task, scores["ekfac"])
-  print(f"\n{_concentration(workdir, scores['ekfac'])}")
-  print(f"\n{_layers(workdir, found['layers'])}")
-  print(f"\n{_prefilter(setting, workdir, scores)}")
-  if task.kinds is not None:
-    print(f"\n{_retrieved(workdir, task, scores)}")
-
-
-def asked(setting: ConfigDict) -> Task:
-  """The documents and the queries of a setting."""
-  if setting.sites not in SITES:
-    raise ValueError(
-      f"sites={setting.sites!r}: gradients of documents are those of {SITES}"
-    )
-  if setting.documents == "planted":
-    if setting.facts < 2 or setting.copies < 1:
-      raise ValueError(
-        f"{setting.facts} facts with {setting.copies} copies: take 2 facts or"
-        " more, and 1 copy or more, which are what is looked for"
-      )
-    corpus = language.planted(setting)
-    pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
-    known = zip(corpus.kinds, corpus.fact, strict=True)
-    names = [f"{kind} of fact {fact}" for kind, fact in known]
-    return Task(names, corpus.documents, pairs, corpus.kinds, corpus.fact)
-  prompts = setting.prompts
-  completions = setting.completions or [""] * len(prompts)
-  if len(prompts) != len(completions) or not prompts:
-    raise ValueError(
-      f"{len(prompts)} prompts and {len(completions)} completions: give"
-      " --config.prompts and --config.completions, tuples of text of the same"
-      " length, or prompts alone, for what the model answers"
-    )
-  texts = text.documents(setting.documents, setting.pattern)
-  names = [*texts][: setting.limit or None]
-  pairs = list(zip(prompts, completions, strict=True))
-  return Task(names, [texts[name] for name in names], pairs, None, None)
-
-
-def answered(
-  setting: ConfigDict, workdir: Workdir, model: Model, task: Task
-) -> Task:
-  """With what the model itself says as completions."""
-  by, prompts = model.tokenizer, [prompt for prompt, _ in task.pairs]
-  tokens = [by.encode(prompt) for prompt in prompts]
-
-  def compute():
-    found = generation.greedy(
-      model.config,
-      model.params,
-      tokens,
-      setting.answer_tokens,
-      end=by.end,
-      label="answers",
-    )
-    padded = np.full((len(found), setting.answer_tokens), -1)
-    for row, one in zip(padded, found, strict=True):
-      row[: len(one)] = one
-    return {"answers": padded}
-
-  which = records.digest({"prompts": np.array(prompts)})[:8]
-  which = f"answers_{which}_{setting.answer_tokens}"
-  rows = workdir.stage(which, compute)["answers"]
-  said = [by.decode(row[row >= 0].tolist()) for row in rows]
-  silent = [
-    prompt for prompt, one in zip(prompts, said, strict=True) if not one
-  ]
-  if silent:
-    raise ValueError(
-      f"the model ends after {silent[0]!r} without a word: ask otherwise, or"
-      " give --config.completions"
-    )
-  workdir.record("answers", dict(zip(prompts, said, strict=True)))
-  return task._replace(pairs=list(zip(prompts, said, strict=True)))
+  scores = {k: found[k] for k in METHODS if k in found}
+  scores |= influence_task.lexical(task)
+  influence_report.show(setting, workdir, task, scores, found)
 
 
 def scored(
   setting: ConfigDict,
   workdir: Workdir,
   model: Model,
-  rows: Rows,
-  queries: Rows,
+  task: Task,
+  packed: tuple[Rows, Rows],
   which: str,
 ) -> dict[str, np.ndarray]:
-  """Scores [D, Q] of every method, of EK-FAC also by layer [L, Q]."""
+  """Scores [D, Q] of every method, of EK-FAC also by layer [L, Q].
+
+  And of the words of each fact in several orders [orders, Q].
+  """
+  rows, queries = packed
   objective = decoder.objective(model.config)
   params = model.params
   found = blocks.trace(
@@ -228,19 +138,31 @@ def scored(
   with workdir.timed("scan"):
     results = score(params, rows, queries, responses, loop=kept.stage("scan"))
   results = {k: attribution.by_document(x, rows) for k, x in results.items()}
+
+  def of_texts(texts: list[str]) -> np.ndarray:
+    probes = language.packed(setting, model.tokenizer, texts, "orders")
+    only, stage = {"ekfac": inverse}, kept.stage("orders")
+    found = score(params, probes, queries, only, loop=stage)["ekfac"]
+    return attribution.by_document(found, probes).values
+
   return {
     **{k: x.values for k, x in results.items()},
+    "orders": _own(task.orders, of_texts),
     "layers": _by_layer(results["ekfac"].by_site or {}),
     "surprisal": training.surprisals(model.config, params, queries, loop),
   }
 
 
-def lexical(task: Task) -> dict[str, np.ndarray]:
-  """Scores [D, Q] by the words that documents and queries share."""
-  count = len(task.texts)
-  words, _ = text.words([*task.texts, *map("".join, task.pairs)])
-  of = {"bm25": retrieval.bm25, "tfidf": retrieval.tfidf}
-  return {k: score(words[:count], words[count:]) for k, score in of.items()}
+def _own(
+  orders: Mapping[str, list[str]],
+  of_texts: Callable[[list[str]], np.ndarray],
+) -> np.ndarray:
+  """Scores of each query's own text in every order [orders, Q]."""
+  if not orders:
+    return np.zeros((0, 0))
+  values = of_texts([text for many in orders.values() for text in many])
+  each = values.reshape(len(orders), -1, values.shape[1])
+  return np.diagonal(each, axis1=1, axis2=2)
 
 
 def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -249,96 +171,6 @@ def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:
   if not layered:
     return np.zeros((0, 0))
   return np.abs(sum(layered)).sum(axis=0)
-
-
-def _show(setting: ConfigDict, task: Task, scores: np.ndarray) -> None:
-  best = retrieval.candidates(scores, min(setting.top, len(scores)))
-  for q, (prompt, completion) in enumerate(task.pairs[: setting.shown]):
-    print(f"\n{prompt!r} -> {completion!r}")
-    for place in best[:, q]:
-      kind = ""
-      if task.kinds is not None and task.fact is not None:
-        kind = "" if task.fact[place] == q else ", another"
-      shown = " ".join(task.texts[place][:SHOWN].split())
-      print(f"  {scores[place, q]:+10.4g}  {task.names[place]}{kind}: {shown}")
-
-
-def _concentration(workdir: Workdir, scores: np.ndarray) -> str:
-  """Share of the first hundredth, and the exponent of the tail."""
-  first = max(1, len(scores) // 100)
-  portion, size = first / len(scores), max(10, first)
-  some = [x for x in scores.T if (x > 0).any()]
-  if not some:
-    return "no document has a positive influence on any query"
-  share = float(np.mean([tails.sparsity(x, portion) for x in some]))
-  exponents = [
-    tails.pareto(x, count=size).exponent
-    for x in some
-    if len(np.unique(x[x > 0])) >= size
-  ]
-  workdir.record("top_percent_share", share)
-  line = f"the first {portion:.1%} of documents carry {share:.0%} of positive"
-  line += " influence"
-  if exponents:
-    middle = float(np.median(exponents))
-    workdir.record("tail_exponent", middle)
-    line += f"; exponent of the tail {middle:.2f} (median)"
-  return line
-
-
-def _layers(workdir: Workdir, layers: np.ndarray) -> str:
-  if not layers.size:
-    return "no layers are stacked, so that there are no shares of them"
-  shares = (layers / layers.sum(axis=0)).mean(axis=1)
-  workdir.record("layer_shares", [float(x) for x in shares])
-  cells = " ".join(f"{x:.2f}" for x in shares)
-  return f"share of influence by layer, first to last: {cells}"
-
-
-def _prefilter(
-  setting: ConfigDict, workdir: Workdir, scores: Mapping[str, np.ndarray]
-) -> str:
-  """How much of the full scan a lexical first stage would have kept."""
-  among = min(setting.prefilter, len(scores["ekfac"]))
-  k = min(10, len(scores["ekfac"]))
-  kept = {
-    name: float(
-      retrieval.recall(scores[name], scores["ekfac"], k, among).mean()
-    )
-    for name in ("bm25", "tfidf")
-  }
-  workdir.record("prefilter_recall", kept)
-  cells = ", ".join(f"{display(k)} {x:.2f}" for k, x in kept.items())
-  return (
-    f"of EK-FAC's first {k} documents the first {among} by words hold {cells}"
-  )
-
-
-def _retrieved(
-  workdir: Workdir, task: Task, scores: Mapping[str, np.ndarray]
-) -> str:
-  """Recall and reciprocal rank by method, and mean scores by kind."""
-  assert task.kinds is not None and task.fact is not None
-  mine = task.fact[:, None] == np.arange(len(task.pairs))
-  copies = mine & (task.kinds == "copy")[:, None]
-  body, results = [], {}
-  for name, x in scores.items():
-    found = ranking.means(x, copies)
-    whole = x[copies].mean()
-    for kind in dict.fromkeys(task.kinds[task.kinds != "copy"]):
-      of_kind = mine & (task.kinds == kind)[:, None]
-      found[str(kind)] = float(x[of_kind].mean() / whole)
-    found["others"] = float(x[~mine].mean() / whole)
-    results[name] = found
-    body.append([display(name), *(f"{value:z.3f}" for value in found.values())])
-  workdir.record("retrieval", results)
-  body.sort(key=lambda row: -float(row[2]))
-  header = ["method", *next(iter(results.values()))]
-  table = tables.aligned(header, body, [False, *[True] * (len(header) - 1)])
-  return (
-    "Copies of the fact among all documents; then the mean score of other kinds"
-    f" of documents on it, relative to copies\n{table}"
-  )
 
 
 if __name__ == "__main__":

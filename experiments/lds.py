@@ -102,10 +102,15 @@ def _retrieved(
   workdir.record("retrieval", found)
   best = sorted(found.items(), key=lambda item: -item[1]["MRR"])
   body = [
-    [names.display(k), *(f"{x:.3f}" for x in v.values())] for k, v in best
+    [
+      names.display(_method(k)),
+      rows[k].damping,
+      *map("{:.3f}".format, v.values()),
+    ]
+    for k, v in best
   ]
-  header = ["method", *next(iter(found.values()))]
-  right = [False, *[True] * (len(header) - 1)]
+  header = ["method", "damping", *next(iter(found.values()))]
+  right = [False, False, *[True] * (len(header) - 2)]
   table = tables.aligned(header, body, right)
   return f"Examples that are known to be right, among all\n{table}"
 

@@ -154,3 +154,18 @@ def test_a_data_set_has_whole_facts():
     sentences.planted(train_size=15)
   with pytest.raises(ValueError, match="test_size=2"):
     sentences.planted(train_size=14, test_size=2)
+
+
+def test_orders_have_the_same_words():
+  corpus = facts.planted(6, 0)
+  found = facts.orders(corpus)
+  for prompt, answer, whole, turned in zip(
+    corpus.prompts,
+    corpus.answers,
+    found["sentence"],
+    found["answer first"],
+    strict=True,
+  ):
+    assert whole == prompt + answer and turned == f"{answer[1:]} {prompt}"
+    assert sorted(whole.split()) == sorted(turned.split())
+  assert found["prompt alone"] == corpus.prompts

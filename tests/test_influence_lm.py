@@ -37,6 +37,8 @@ def test_planted_facts_are_asked_for_and_a_run_is_read_again(tmp_path):
   assert {"ekfac", "gradient_dot", "bm25", "tfidf"} == {*metrics["retrieval"]}
   assert metrics["retrieval"]["bm25"]["MRR"] == 1
   assert sum(metrics["layer_shares"]) == pytest.approx(1)
+  assert metrics["orders"]["sentence"] == 1 and len(metrics["orders"]) == 4
+  assert {"tails.png", "layers.png"} <= {x.name for x in tmp_path.iterdir()}
   (file,) = tmp_path.glob("scores_*.npz")
   with np.load(file) as scores:
     assert scores["ekfac"].shape == (28, 2)

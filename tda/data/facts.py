@@ -201,6 +201,21 @@ def teaches(corpus: Planted) -> np.ndarray:
   return stated_D[:, None] & (corpus.fact[:, None] == facts_F)
 
 
+def orders(corpus: Planted) -> dict[str, list[str]]:
+  """Each fact's sentence, its halves in the other order, and each half [F].
+
+  Texts that nobody was trained on: influence of the same words with the answer
+  before the prompt is near that of unrelated ones (Grosse et al. 2023, §5.3.4).
+  """
+  pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
+  return {
+    "sentence": [prompt + answer for prompt, answer in pairs],
+    "answer first": [f"{answer.strip()} {prompt}" for prompt, answer in pairs],
+    "prompt alone": [prompt for prompt, _ in pairs],
+    "answer alone": [answer.strip() for _, answer in pairs],
+  }
+
+
 def _near(
   place: int,
   turn: int,
