@@ -18,13 +18,13 @@ decoder's scoring step at most 2.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
 from experiments import subjects, timing
+from experiments.passes import Passes
 from experiments.subjects import Subject
 from experiments.timing import Step
-from tda import blocks, gradients, planning, streams
+from tda import gradients, planning
 from tda.attribution import products
 from tda.curvature import kronecker
 from tda.models.config import DecoderConfig
@@ -66,59 +66,31 @@ def subject(name: str) -> Subject:
 
 def steps(given: Subject) -> dict[str, Step]:
   """The plain gradient first, then what is compared with it."""
-  objective, params = given.objective, given.params
-  rows = jax.tree.map(jnp.asarray, given.train)
-  size = len(rows["x"])
-  batch = streams.Batch(rows, jnp.arange(size), None)
-  trace = lambda: blocks.trace(
-    objective.outputs, params, streams.example(rows), select="*kernel"
-  )
-  found = trace()
-  rng = np.random.default_rng(1)
-
-  def noise(block, *shape):
-    values = rng.normal(size=(*block.stack, *shape)) / np.sqrt(shape[-1])
-    return jnp.asarray(values, jnp.float32)
-
-  basis, weights, directions = {}, {}, {}
-  for name, block in found.blocks.items():
-    groups, outputs, inputs = block.shape
-    basis[name] = kronecker.Basis(
-      noise(block, groups, inputs, inputs),
-      noise(block, groups, outputs, outputs),
-    )
-    weights[name] = noise(block, *block.shape)
-    directions[name] = noise(block, QUERIES, *block.shape)
-  pairs = {name: (basis[name], weights[name]) for name in weights}
-
-  def plain(params, batch):
-    total = lambda p: jax.vmap(objective.loss, (None, 0))(p, batch.rows).sum()
-    return jax.grad(total)(params)
-
-  def captured(statistic, operands, cost):
-    def run(params, batch, operands):
-      # Traced here, since that is part of a step's tracing time.
-      one_pass = gradients.backward_pass(trace(), objective, statistic)
-      return one_pass(params, batch, operands)[0]
-
-    return Step(run, (params, batch, operands), planning.limit(found, cost))
+  of = Passes(given.objective, given.params, given.train, "*kernel")
+  directions = of.directions(QUERIES)
+  weights = {k: of.noise(x, *x.shape) for k, x in of.found.blocks.items()}
+  pairs = {name: (of.basis[name], weights[name]) for name in weights}
 
   def materialised(params, batch, directions):
-    grads, _ = gradients.of_measurement(found, objective.loss)(params, batch)
+    run = gradients.of_measurement(of.found, of.objective.loss)
+    grads, _ = run(params, batch)
     flat = lambda x: x.reshape(x.shape[0], -1)
-    total = jnp.zeros((size, QUERIES))
-    for name, block in found.blocks.items():
+    total = jnp.zeros((of.size, QUERIES))
+    for name, block in of.found.blocks.items():
       queries = jnp.moveaxis(directions[name], len(block.stack), 0)
       total += flat(grads[name]) @ flat(queries).T
     return total
 
+  dots = planning.dots(QUERIES)
   return {
-    "plain gradient": Step(plain, (params, batch), None),
-    "covariances": captured(kronecker.MOMENTS, None, planning.moments),
-    "eigenvalues": captured(kronecker.SQUARES, basis, planning.squares),
-    "scores of 16": captured(products.DOT, directions, planning.dots(QUERIES)),
-    "self-influence": captured(products.SELF, pairs, planning.squares),
-    "vmap(grad), 16": Step(materialised, (params, batch, directions), None),
+    "plain gradient": of.plain(),
+    "covariances": of.captured(kronecker.MOMENTS, None, planning.moments),
+    "eigenvalues": of.captured(kronecker.SQUARES, of.basis, planning.squares),
+    "scores of 16": of.captured(products.DOT, directions, dots),
+    "self-influence": of.captured(products.SELF, pairs, planning.squares),
+    "vmap(grad), 16": Step(
+      materialised, (of.params, of.batch, directions), None
+    ),
   }
 
 

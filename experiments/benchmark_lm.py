@@ -22,14 +22,14 @@ import numpy as np
 from absl import app, flags
 
 from experiments import timing
+from experiments.passes import Passes
 from experiments.timing import Step
-from tda import blocks, gradients, planning, segments, streams
+from tda import planning, segments
 from tda.attribution import products
 from tda.curvature import kronecker
 from tda.models import config as configs
 from tda.models import decoder, gguf
 from tda.models.config import DecoderConfig
-from tda.taps import Statistic
 
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, two rounds.")
 MODELS = flags.DEFINE_multi_string(
@@ -59,57 +59,27 @@ def load(name: str) -> tuple[DecoderConfig, dict]:
 
 def steps(config: DecoderConfig, params: dict) -> dict[str, Step]:
   """The plain gradient first, then what is compared with it."""
-  objective = decoder.objective(config)
   rng = np.random.default_rng(0)
   shape = (BATCH.value, LENGTH.value)
-  draw = lambda: jnp.asarray(rng.integers(0, config.vocab, shape), jnp.int32)
-  rows = {"x": draw(), "y": draw(), "mask": jnp.ones(shape, jnp.int32)}
-  batch = streams.Batch(rows, jnp.arange(BATCH.value), None)
-  trace = lambda: blocks.trace(
-    objective.outputs,
-    params,
-    streams.example(rows),
-    select=decoder.SITES["mlp"],
-  )
-  found = trace()
-  key = jax.random.key(1)
-
-  def noise(block, *shape):
-    scale = shape[-1] ** -0.5
-    return scale * jax.random.normal(key, (*block.stack, *shape))
-
-  basis, whole, low = {}, {}, {}
-  for name, block in found.blocks.items():
+  draw = lambda: rng.integers(0, config.vocab, shape, np.int32)
+  rows = {"x": draw(), "y": draw(), "mask": np.ones(shape, np.int32)}
+  of = Passes(decoder.objective(config), params, rows, decoder.SITES["mlp"])
+  few, rank = QUERIES.value, RANK.value
+  low = {}
+  for name, block in of.found.blocks.items():
     groups, outputs, inputs = block.shape
-    basis[name] = kronecker.Basis(
-      noise(block, groups, inputs, inputs),
-      noise(block, groups, outputs, outputs),
-    )
-    whole[name] = noise(block, QUERIES.value, *block.shape)
     low[name] = segments.LowRank(
-      noise(block, QUERIES.value, groups, outputs, RANK.value),
-      noise(block, QUERIES.value, groups, inputs, RANK.value),
+      of.noise(block, few, groups, outputs, rank),
+      of.noise(block, few, groups, inputs, rank),
     )
-
-  def plain(params, batch):
-    total = lambda p: jax.vmap(objective.loss, (None, 0))(p, batch.rows).sum()
-    return jax.grad(total)(params)
-
-  def captured(statistic: Statistic, operands, cost) -> Step:
-    def run(params, batch, operands):
-      one_pass = gradients.backward_pass(trace(), objective, statistic)
-      return one_pass(params, batch, operands)[0]
-
-    return Step(run, (params, batch, operands), planning.limit(found, cost))
-
-  few = QUERIES.value
-  rank = planning.low_rank_dots(few, RANK.value, BATCH.value)
+  cost = planning.low_rank_dots(few, rank, BATCH.value)
+  whole, dots = of.directions(few), planning.dots(few)
   return {
-    "plain gradient": Step(plain, (params, batch), None),
-    "covariances": captured(kronecker.MOMENTS, None, planning.moments),
-    "eigenvalues": captured(kronecker.SQUARES, basis, planning.squares),
-    "scan, whole": captured(products.DOT, whole, planning.dots(few)),
-    f"scan, rank {RANK.value}": captured(products.DOT, low, rank),
+    "plain gradient": of.plain(),
+    "covariances": of.captured(kronecker.MOMENTS, None, planning.moments),
+    "eigenvalues": of.captured(kronecker.SQUARES, of.basis, planning.squares),
+    "scan, whole": of.captured(products.DOT, whole, dots),
+    f"scan, rank {rank}": of.captured(products.DOT, low, cost),
   }
 
 
