@@ -28,7 +28,9 @@ PROMPTS = (
 )
 
 
-def get_config() -> ConfigDict:
+def get_config(size: str = "full") -> ConfigDict:
+  if size != "full":
+    raise ValueError(f"unknown size {size!r}; there is 'full' alone")
   config = planted_lm.get_config()
   config.update(name="maths_lm", documents="", pattern="question,answer")
   config.update(limit=60, prompts=PROMPTS, prefilter=20)

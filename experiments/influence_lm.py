@@ -5,10 +5,9 @@
     --config.documents=FOLDER --config.pattern="*.txt" \
     --config.model=workdir/train_lm/stdlib_lm/model \
     --config.prompts="('def main(',)" --config.completions="('argv):',)"
-  python -m experiments.influence_lm --workdir=FOLDER_OF_RESULTS \
-    --config.documents=gsm8k.jsonl --config.pattern=question,answer \
-    --config.model=SmolLM2.gguf --config.tune=True --config.steps=30 \
-    --config.prompts="('Tom has 3 apples ... How many are left?\\n',)"
+  python -m experiments.influence_lm --config=configs/maths_lm.py \
+    --config.model=SmolLM2-135M-Instruct.Q4_1.gguf \
+    --config.documents=gsm8k_train.jsonl
 
 Without completions it is asked what made the model answer the prompts as it
 does. Scores every document of a corpus for every prompt and completion by
@@ -20,7 +19,7 @@ was stopped goes on.
 """
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -64,7 +63,9 @@ def main(_) -> None:
   tokenizer = model.tokenizer if model else language.tokenizer(setting)
   rows = language.packed(setting, tokenizer, task.texts, "documents")
   asks_itself = task.kinds is None and not setting.completions
-  if not asks_itself:  # wrong ones are told before anything is trained
+  if asks_itself:  # wrong prompts are told before anything is trained
+    influence_task.check_prompts(setting, tokenizer, task)
+  else:
     queries = attribution.completions(task.pairs, tokenizer, setting.length)
   # What a query asks for may change; what was fitted for others is kept.
   workdir = Workdir(
@@ -76,8 +77,7 @@ def main(_) -> None:
   if model is None or setting.tune:
     model = language.train(setting, workdir, tokenizer, rows, model)
   if asks_itself:
-    task = influence_task.answered(setting, workdir, model, task)
-    queries = attribution.completions(task.pairs, tokenizer, setting.length)
+    task, queries = influence_task.answered(setting, workdir, model, task)
   which = records.digest(queries)[:8]
   which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")
   found = workdir.stage(
@@ -99,7 +99,7 @@ def scored(
 ) -> dict[str, np.ndarray]:
   """Scores [D, Q] of every method, of EK-FAC also by layer [L, Q].
 
-  And of the words of each fact in several orders [orders, Q].
+  And of the words of each fact in several orders [orders + 1, Q].
   """
   rows, queries = packed
   objective = decoder.objective(model.config)
@@ -147,22 +147,10 @@ def scored(
 
   return {
     **{k: x.values for k, x in results.items()},
-    "orders": _own(task.orders, of_texts),
+    "orders": influence_task.own(task.orders, of_texts),
     "layers": _by_layer(results["ekfac"].by_site or {}),
     "surprisal": training.surprisals(model.config, params, queries, loop),
   }
-
-
-def _own(
-  orders: Mapping[str, list[str]],
-  of_texts: Callable[[list[str]], np.ndarray],
-) -> np.ndarray:
-  """Scores of each query's own text in every order [orders, Q]."""
-  if not orders:
-    return np.zeros((0, 0))
-  values = of_texts([text for many in orders.values() for text in many])
-  each = values.reshape(len(orders), -1, values.shape[1])
-  return np.diagonal(each, axis1=1, axis2=2)
 
 
 def _by_layer(sites: Mapping[str, np.ndarray]) -> np.ndarray:

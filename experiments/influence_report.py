@@ -30,12 +30,12 @@ def show(
     workdir: where figures and numbers go.
     task: what was asked.
     scores: [D, Q] of every method, "ekfac" among them.
-    found: "surprisal" [Q], "layers" [L, Q] and "orders" [orders, Q].
+    found: "surprisal" [Q], "layers" [L, Q] and "orders" [orders + 1, Q].
   """
   print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
   workdir.record("surprisal", float(found["surprisal"].mean()))
   _best(setting, task, scores["ekfac"])
-  labels = [prompt for prompt, _ in task.pairs][: setting.shown]
+  labels = [prompt for prompt, _ in task.pairs][: max(1, setting.shown)]
   print(f"\n{_concentration(workdir, scores['ekfac'], labels)}")
   print(f"\n{_layers(workdir, found['layers'], labels)}")
   print(f"\n{_prefilter(setting, workdir, scores)}")
@@ -144,9 +144,10 @@ def _retrieved(
 
 
 def _ordered(workdir: Workdir, task: Task, orders: np.ndarray) -> str:
-  """Influence of each order of a fact's words, relative to the first."""
-  means = orders.mean(axis=1) / orders[0].mean()
-  found = {k: float(x) for k, x in zip(task.orders, means, strict=True)}
+  """Mean influence of each order of a fact's words, and of another fact."""
+  names = [*task.orders, "another fact"]
+  pairs = zip(names, orders.mean(axis=1), strict=True)
+  found = {name: float(x) for name, x in pairs}
   workdir.record("orders", found)
-  cells = ", ".join(f"{k} {x:.2f}" for k, x in found.items())
-  return f"mean influence of a fact's words by their order: {cells}"
+  cells = ", ".join(f"{k} {x:.3g}" for k, x in found.items())
+  return f"mean influence of a text by the order of its words: {cells}"

@@ -1,6 +1,6 @@
 """What `influence_lm` asks: a corpus, prompts, and the model's answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -10,7 +10,10 @@ from ml_collections import ConfigDict
 from experiments import language
 from experiments.language import Model
 from tda import records
+from tda.attribution import language as attribution
 from tda.data import facts, retrieval, text
+from tda.data.packing import Rows
+from tda.data.text import Tokenizer
 from tda.evaluation.workdir import Workdir
 from tda.models import generation
 
@@ -55,6 +58,12 @@ def asked(setting: ConfigDict) -> Task:
     )
   prompts = setting.prompts
   completions = setting.completions or [""] * len(prompts)
+  if setting.tune and not setting.model:
+    raise ValueError("there is nothing to tune: give --config.model")
+  if not setting.documents:
+    raise ValueError(
+      "no documents: give --config.documents, a folder or a file.jsonl"
+    )
   if len(prompts) != len(completions) or not prompts:
     raise ValueError(
       f"{len(prompts)} prompts and {len(completions)} completions: give"
@@ -67,12 +76,26 @@ def asked(setting: ConfigDict) -> Task:
   return Task(names, [texts[name] for name in names], pairs)
 
 
+def check_prompts(
+  setting: ConfigDict, tokenizer: Tokenizer, task: Task
+) -> None:
+  """Refuses prompts that leave no room for an answer, before any training."""
+  for prompt, _ in task.pairs:
+    size = len(tokenizer.encode(prompt))
+    if not 0 < size <= setting.length - setting.answer_tokens:
+      raise ValueError(
+        f"the prompt {prompt!r} has {size} tokens, and its answer up to"
+        f" {setting.answer_tokens}: together they are to be at most"
+        f" --config.length={setting.length}"
+      )
+
+
 def answered(
   setting: ConfigDict, workdir: Workdir, model: Model, task: Task
-) -> Task:
-  """With what the model itself says as completions."""
+) -> tuple[Task, Rows]:
+  """The task with what the model itself says, and the queries of that."""
   by, prompts = model.tokenizer, [prompt for prompt, _ in task.pairs]
-  tokens = [by.encode(prompt) for prompt in prompts]
+  tokens = [list(by.encode(prompt)) for prompt in prompts]
 
   def compute():
     found = generation.greedy(
@@ -91,17 +114,19 @@ def answered(
   which = records.digest({"prompts": np.array(prompts)})[:8]
   which = f"answers_{which}_{setting.answer_tokens}"
   rows = workdir.stage(which, compute)["answers"]
-  said = [by.decode(row[row >= 0].tolist()) for row in rows]
-  silent = [
-    prompt for prompt, one in zip(prompts, said, strict=True) if not one
-  ]
+  ids = [row[row >= 0].tolist() for row in rows]
+  silent = [prompts[i] for i, one in enumerate(ids) if not one]
   if silent:
     raise ValueError(
       f"the model ends after {silent[0]!r} without a word: ask otherwise, or"
       " give --config.completions"
     )
-  workdir.record("answers", dict(zip(prompts, said, strict=True)))
-  return task._replace(pairs=list(zip(prompts, said, strict=True)))
+  pairs = [(prompts[i], by.decode(one)) for i, one in enumerate(ids)]
+  workdir.record("answers", [list(pair) for pair in pairs])
+  # Of the tokens themselves: text need not come back as the same ones.
+  said = list(zip(tokens, ids, strict=True))
+  queries = attribution.completions(said, by, setting.length)
+  return task._replace(pairs=pairs), queries
 
 
 def lexical(task: Task) -> dict[str, np.ndarray]:
@@ -110,3 +135,20 @@ def lexical(task: Task) -> dict[str, np.ndarray]:
   words, _ = text.words([*task.texts, *map("".join, task.pairs)])
   of = {"bm25": retrieval.bm25, "tfidf": retrieval.tfidf}
   return {k: score(words[:count], words[count:]) for k, score in of.items()}
+
+
+def own(
+  orders: Mapping[str, list[str]],
+  of_texts: Callable[[list[str]], np.ndarray],
+) -> np.ndarray:
+  """Scores of each query's own text in every order, [orders + 1, Q].
+
+  Last the mean over the first order of the other queries' texts.
+  """
+  if not orders:
+    return np.zeros((0, 0))
+  values = of_texts([text for many in orders.values() for text in many])
+  each = values.reshape(len(orders), -1, values.shape[1])
+  own = np.diagonal(each, axis1=1, axis2=2)
+  others = (each[0].sum(axis=0) - own[0]) / (len(each[0]) - 1)
+  return np.vstack([own, others])

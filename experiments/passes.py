@@ -35,8 +35,10 @@ class Passes:
 
   def noise(self, block: Block, *shape: int) -> jax.Array:
     """Normal values [*stack, *shape] of length about 1 along the last axis."""
-    values = self._random.normal(size=(*block.stack, *shape))
-    return jnp.asarray(values / np.sqrt(shape[-1]), jnp.float32)
+    whole = (*block.stack, *shape)
+    values = self._random.standard_normal(whole, np.float32)
+    values *= shape[-1] ** -0.5  # in place: the queries are large
+    return jnp.asarray(values)
 
   @functools.cached_property
   def basis(self) -> dict[str, kronecker.Basis]:

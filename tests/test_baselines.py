@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import language_models
 import numpy as np
 import oracles
 import pytest
@@ -11,7 +12,9 @@ from oracles import N
 from tda import blocks, meshes, streams
 from tda.attribution import baselines, influence, methods
 from tda.curvature import fitting
+from tda.data import packing
 from tda.inverse import spectral
+from tda.models import decoder
 from tda.scores import CHANGE, SIMILARITY
 from tda.streams import Loop
 
@@ -184,3 +187,20 @@ def test_bad_choices_are_refused(options, message):
   p, queries = problem()
   with pytest.raises(ValueError, match=message):
     methods.attribute(p.objective, p.params, p.data, queries, **options)
+
+
+def test_representations_leave_padding_out():
+  config = language_models.tiny("llama")
+  params = language_models.draw(config)
+  objective = decoder.objective(config)
+  pairs = [([3, 1, 4], [1, 5]), ([9, 2], [6])]
+  rows = [packing.completion(*pair, 8) for pair in pairs]
+  data = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  other = data | {"x": np.where(data["segments"] > 0, data["x"], 7)}
+  found = blocks.trace(objective.outputs, params, streams.example(data))
+  first, second = (
+    baselines.representation(found, objective, params, x, x).values
+    for x in (data, other)
+  )
+  assert (data["x"] != other["x"]).any()
+  np.testing.assert_allclose(first, second, atol=1e-6)

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 
 pytest.importorskip("grain")
 pytest.importorskip("ml_collections")
+
+from experiments import influence_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 run = functools.partial(
@@ -37,7 +40,7 @@ def test_planted_facts_are_asked_for_and_a_run_is_read_again(tmp_path):
   assert {"ekfac", "gradient_dot", "bm25", "tfidf"} == {*metrics["retrieval"]}
   assert metrics["retrieval"]["bm25"]["MRR"] == 1
   assert sum(metrics["layer_shares"]) == pytest.approx(1)
-  assert metrics["orders"]["sentence"] == 1 and len(metrics["orders"]) == 4
+  assert len(metrics["orders"]) == 5
   assert {"tails.png", "layers.png"} <= {x.name for x in tmp_path.iterdir()}
   (file,) = tmp_path.glob("scores_*.npz")
   with np.load(file) as scores:
@@ -50,9 +53,11 @@ def test_planted_facts_are_asked_for_and_a_run_is_read_again(tmp_path):
   assert other.returncode != 0 and "seed" in other.stderr
 
 
-def test_queries_of_other_documents_come_with_completions(tmp_path):
+def test_what_is_asked_wrongly_is_told_before_training(tmp_path):
   flags = ("--config.documents=stdlib", "--config.prompts=('def ',)")
   for more, message in (
+    (("--config.tune=True",), "nothing to tune"),
+    (("--config.answer_tokens=125",), "'def ' has 4 tokens"),
     (("--config.completions=('a','b')",), "1 prompts and 2 completions"),
     (("--config.sites=all",), "sites='all'"),
   ):
@@ -75,10 +80,25 @@ def test_prompts_alone_ask_what_the_model_answers(tmp_path):
       "--config.layers=1",
       "--config.prompts=('How many?',)",
       "--config.answer_tokens=3",
+      "--config.top=6",
     )
   )
   assert done.returncode == 0, done.stderr[-2000:]
   metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
-  assert 1 <= len(metrics["answers"]["How many?"].encode()) <= 9
-  assert "line 3: How many? 2 apples" in done.stdout
-  assert "line 7" not in done.stdout
+  ((prompt, answer),) = metrics["answers"]
+  assert prompt == "How many?" and 1 <= len(answer) <= 3
+  shown = re.findall(r"(line \d): How many", done.stdout)
+  assert sorted(shown) == [f"line {i + 1}" for i in range(6)]
+
+
+def test_own_scores_are_of_each_query_s_text_in_every_order():
+  orders = {"sentence": ["s0", "s1", "s2"], "turned": ["t0", "t1", "t2"]}
+
+  def of_texts(texts):
+    value = lambda one, q: 100 * (one[0] == "t") + 10 * int(one[1]) + q
+    return np.array([[value(one, q) for q in range(3)] for one in texts])
+
+  found = influence_task.own(orders, of_texts)
+  expected = [[0, 11, 22], [100, 111, 122], [15, 11, 7]]
+  np.testing.assert_array_equal(found, expected)
+  assert influence_task.own({}, of_texts).size == 0

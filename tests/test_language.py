@@ -249,3 +249,14 @@ def test_shares_that_do_not_exist():
     aim, *_, found = model(family, "all")
     with pytest.raises(ValueError, match=f"'{lost}'.*sums over the 12 pos"):
       influence.scorer(found, aim, shares="segments")
+
+
+def test_completions_of_token_ids_are_those_of_the_text():
+  by = text.byte_tokenizer()
+  pairs = [("a b", " c"), ("d", "ef")]
+  ids = [(by.encode(prompt), by.encode(answer)) for prompt, answer in pairs]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    language.completions(pairs, by),
+    language.completions(ids, by),
+  )

@@ -269,3 +269,22 @@ def test_a_language_model_is_right_where_every_token_of_the_answer_is(tmp_path):
   pictures = problem.build(dataclasses.replace(SETTING, methods=("bm25",)))
   with pytest.raises(ValueError, match="digits has none"):
     stages.attributed(pictures, Workdir(str(tmp_path / "other"), {}))
+
+
+def test_texts_have_their_own_likelihood_and_no_margin():
+  for wrong, message in (
+    ({"likelihood": "tokens"}, "'tokens' for digits"),
+    ({"dataset": "planted", "train_size": 14, "test_size": 0}, "for planted"),
+    (
+      {
+        "dataset": "planted",
+        "train_size": 14,
+        "test_size": 0,
+        "likelihood": "tokens",
+        "measurement": "margin",
+      },
+      "measurement='margin' for planted",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      problem.build(dataclasses.replace(SETTING, **wrong))

@@ -31,9 +31,10 @@ def representation(
   """Cosine similarity of representations, [N, Q].
 
   An example's representation is what enters the last matrix block, in the
-  order of use, averaged over positions, padding included; for a classifier
-  these are its penultimate activations. Zero where a representation is. One
-  forward pass over each data set.
+  order of use, averaged over positions, of sequences those of part 1 and more
+  (`Objective.segments`); for a classifier these are its penultimate
+  activations. Zero where a representation is. One forward pass over each data
+  set.
 
   Raises:
     ValueError: no tracked block is a matrix, or queries that do not look like
@@ -83,13 +84,16 @@ def random(key: jax.Array, train: PyTree, queries: PyTree) -> Scores:
 
 
 def _mean_inputs(block, parts, lanes, operand):
-  del block, lanes, operand
+  del block, operand
   if not isinstance(parts, factors.Outer):
     raise ValueError(f"a matrix has inputs, and {type(parts).__name__} none")
-  rows_BxGxI = jnp.mean(
-    parts.a, axis=2, dtype=factors.accumulator(parts.a.dtype)
-  )
-  return rows_BxGxI
+  a_BxGxTxI = parts.a.astype(factors.accumulator(parts.a.dtype))
+  if lanes is None or lanes.shape != a_BxGxTxI.shape[::2]:
+    return a_BxGxTxI.mean(axis=2)
+  counted_BxT = (lanes > 0).astype(a_BxGxTxI.dtype)
+  total_BxGxI = jnp.einsum("bgti,bt->bgi", a_BxGxTxI, counted_BxT)
+  size_B = jnp.maximum(counted_BxT.sum(axis=1), 1)
+  return total_BxGxI / size_B[:, None, None]
 
 
 INPUTS = taps.Statistic(

@@ -95,7 +95,7 @@ def scorer(
     asked = params
     if query_params is not None:
       asked = meshes.replicate(query_params, loop.mesh)
-    cosine = _any_cosine(responses, shares, rank)
+    cosine = _checked_cosine(responses, shares, rank)
     count = products.parts_of(shares, objective, train)
     run, norms, pieces, infos = passing(cosine, count), None, [], []
     splits = np.array_split(np.arange(total), math.ceil(total / query_batch))
@@ -198,9 +198,10 @@ def coverage(found: Trace) -> float:
   return tracked / sum(math.prod(leaf.shape) for leaf in found.leaves)
 
 
-def _any_cosine(
+def _checked_cosine(
   responses: Mapping[str, Operator], shares: str, rank: int | None
 ) -> bool:
+  """Whether any of them is one."""
   cosine = any(isinstance(r, Cosine) for r in responses.values())
   if cosine and (shares == "tokens" or rank is not None):
     raise ValueError(

@@ -30,15 +30,15 @@ PyTree = Any
 
 
 def completions(
-  pairs: Sequence[tuple[str, str]],
+  pairs: Sequence[tuple[str | Sequence[int], str | Sequence[int]]],
   tokenizer: Tokenizer,
   length: int | None = None,
 ) -> Rows:
   """Queries [Q, T] of which only the completion is measured.
 
   Args:
-    pairs: a prompt and its completion, as text; a space between them belongs to
-      one of the two.
+    pairs: a prompt and its completion, each as text or as token ids; a space
+      between them belongs to one of the two.
     tokenizer: that of the model.
     length: T; that of the longest pair unless given.
 
@@ -48,7 +48,8 @@ def completions(
   """
   if not pairs:
     raise ValueError("no queries: give a prompt and a completion, or more")
-  encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
+  ids = lambda said: tokenizer.encode(said) if isinstance(said, str) else said
+  encoded = [(ids(prompt), ids(answer)) for prompt, answer in pairs]
   if length is None:
     length = max(len(prompt) + len(answer) for prompt, answer in encoded) - 1
   rows = []

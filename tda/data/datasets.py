@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Arrays = dict[str, np.ndarray]  # {"x": [N, ...], "y": [N] or [N, 1]}
+Arrays = dict[str, np.ndarray]  # "x", "y" and perhaps others, each [N, ...]
 
 
 class Dataset(NamedTuple):
@@ -40,7 +40,7 @@ class Dataset(NamedTuple):
 
   @property
   def num_classes(self) -> int:
-    """K, and 0 for regression."""
+    """K, and 0 for regression and texts."""
     return len(self.class_names)
 
   @property

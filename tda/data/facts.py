@@ -201,11 +201,17 @@ def teaches(corpus: Planted) -> np.ndarray:
   return stated_D[:, None] & (corpus.fact[:, None] == facts_F)
 
 
+def copies(corpus: Planted) -> np.ndarray:
+  """Whether a document states a fact in its query's words: bool [D, F]."""
+  return teaches(corpus) & (corpus.kinds == "copy")[:, None]
+
+
 def orders(corpus: Planted) -> dict[str, list[str]]:
   """Each fact's sentence, its halves in the other order, and each half [F].
 
-  Texts that nobody was trained on: influence of the same words with the answer
-  before the prompt is near that of unrelated ones (Grosse et al. 2023, §5.3.4).
+  To be scored as if they were documents: Grosse et al. (2023, §5.3.4) find that
+  of the same words with the answer first influence all but vanishes. (A copy
+  without fillers is the sentence itself.)
   """
   pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
   return {

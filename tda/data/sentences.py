@@ -42,13 +42,12 @@ def planted(
   ended = [np.append(one, known) for one in words[: len(documents)]]
   prompts, answers = words[len(documents) : -asked], words[-asked:]
   length = max(map(len, ended)) - 1
-  right = (corpus.kinds == "copy")[order]
   return Dataset(
     "planted",
     _rows([one[:1] for one in ended], [one[1:] for one in ended], length),
     _rows(prompts, answers, length),
     vocab=known + 1,
-    relevant=right[:, None] & (corpus.fact[order][:, None] == np.arange(asked)),
+    relevant=facts.copies(corpus)[order, :asked],
   )
 
 

@@ -170,10 +170,11 @@ def _filled(
   texts: dict[str, str], path: str | Path, skip: bool
 ) -> dict[str, str]:
   """The texts that are more than white space."""
-  empty = [name for name, text in texts.items() if not text.strip()]
-  if len(empty) == len(texts) or (empty and not skip):
+  filled = {name: text for name, text in texts.items() if text.strip()}
+  empty = [name for name in texts if name not in filled]
+  if not filled or (empty and not skip):
     raise ValueError(
       f"{len(empty)} documents of {path} are empty ({', '.join(empty[:5])}) of"
       f" {len(texts)}; skip_empty=True leaves them out"
     )
-  return {name: text for name, text in texts.items() if name not in empty}
+  return filled

@@ -5,6 +5,7 @@ What the binaries share: the pure functions and arrays that a setting names.
 
 import zlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,19 @@ from tda.evaluation import training
 from tda.evaluation.settings import Setting
 from tda.inverse import spectral
 from tda.inverse.spectral import Damping
-from tda.likelihoods import Objective
+from tda.likelihoods import Likelihood, Objective
 from tda.models import build as models
 from tda.models.build import Model
 from tda.runs import Stage
 
 PyTree = Any
+_LIKELIHOODS: Mapping[str, Callable[[], Likelihood]] = MappingProxyType(
+  {
+    "categorical": likelihoods.categorical,
+    "gaussian": likelihoods.gaussian,
+    "tokens": likelihoods.token_categorical,
+  }
+)
 
 
 class Problem(NamedTuple):
@@ -33,7 +41,7 @@ class Problem(NamedTuple):
   Attributes:
     setting: what it was built from.
     dataset: training and test arrays; those of the first stage.
-    queries: {"x", "y"} of the Q test examples that are asked about.
+    queries: the Q test examples that are asked about, as the data set has them.
     objective: model and likelihood of one example.
     measurement: m(params, query) -> scalar.
     train: (weights [N], key) -> params.
@@ -119,6 +127,7 @@ def build(setting: Setting, size: int | None = None) -> Problem:
     train_size=setting.train_size,
     test_size=setting.test_size,
   )
+  _check_kind(setting, dataset)
   dataset, second = training.split(setting, dataset)
   model = models.build(setting.model, setting.features, dataset)
   objective = _objective(setting.likelihood, model)
@@ -148,17 +157,30 @@ def build(setting: Setting, size: int | None = None) -> Problem:
   )
 
 
+def _check_kind(setting: Setting, dataset: Dataset) -> None:
+  """Texts have a likelihood of their own, and no margin."""
+  language = dataset.kind == "language"
+  if setting.likelihood in _LIKELIHOODS and (
+    language != (setting.likelihood == "tokens")
+  ):
+    raise ValueError(
+      f"likelihood={setting.likelihood!r} for {dataset.name}: 'tokens' is that"
+      " of texts, and of nothing else"
+    )
+  if language and setting.measurement != "loss":
+    raise ValueError(
+      f"measurement={setting.measurement!r} for {dataset.name}: texts are"
+      " measured by their 'loss'"
+    )
+
+
 def _objective(name: str, model: Model) -> Objective:
-  choices = {
-    "categorical": likelihoods.categorical,
-    "gaussian": likelihoods.gaussian,
-    "tokens": likelihoods.token_categorical,
-  }
-  if name not in choices:
-    raise ValueError(f"unknown likelihood {name!r}; choose of {[*choices]}")
+  if name not in _LIKELIHOODS:
+    known = [*_LIKELIHOODS]
+    raise ValueError(f"unknown likelihood {name!r}; choose of {known}")
   objective = Objective(
     lambda params, example: model.apply(params, example["x"]),
-    choices[name](),
+    _LIKELIHOODS[name](),
     lambda example: example["y"],
   )
   if name != "tokens":

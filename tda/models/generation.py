@@ -12,6 +12,7 @@ from tda.models.config import DecoderConfig
 from tda.models.decoder import Decoder
 
 PyTree = Any
+AT_A_TIME = 8  # prompts whose logits [T, V] are held
 
 
 def greedy(
@@ -57,11 +58,12 @@ def greedy(
 
   @jax.jit
   def following(params: PyTree, tokens_QxT: jax.Array, at_Q: jax.Array):
-    def token(row_T: jax.Array, at: jax.Array) -> jax.Array:
+    def token(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+      row_T, at = row
       logits_TxV = cast(jax.Array, module.apply({"params": params}, row_T))
       return logits_TxV[at].argmax()
 
-    return jax.vmap(token)(tokens_QxT, at_Q)
+    return jax.lax.map(token, (tokens_QxT, at_Q), batch_size=AT_A_TIME)
 
   each = np.arange(len(sizes))
   ended_Q = np.zeros(len(sizes), bool)

@@ -35,15 +35,12 @@ def tail(
       f" one for each query, at most {len(style.COLOURS)}"
     )
   figure = style.canvas(5.4, 3.6)
-  axes = figure.add_subplot()
-  for column, fit, label, colour in zip(
-    scores.T, fits, labels, style.COLOURS, strict=False
-  ):
+  axes, lines = figure.add_subplot(), []
+  for column, fit, colour in zip(scores.T, fits, style.COLOURS, strict=False):
     largest = np.sort(column[column > 0])[::-1]
     share = np.arange(1, len(largest) + 1) / len(scores)
-    axes.loglog(
-      largest, share, color=colour, linewidth=1.4, label=_short(label)
-    )
+    (line,) = axes.loglog(largest, share, color=colour, linewidth=1.4)
+    lines.append(line)
     if fit is not None and len(largest):
       ends = np.array([fit.minimum, largest[0]])
       law = fit.size / len(scores) * (ends / fit.minimum) ** -fit.exponent
@@ -53,7 +50,13 @@ def tail(
   axes.set_ylabel(
     "share of documents above it", size=style.TEXT, color=style.INK
   )
-  axes.legend(fontsize=style.SMALL, frameon=False, loc="lower left")
+  axes.legend(
+    lines,
+    [_short(label) for label in labels],
+    fontsize=style.SMALL,
+    frameon=False,
+    loc="lower left",
+  )
   style.finish(figure, path, "")
 
 
