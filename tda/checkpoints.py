@@ -7,9 +7,12 @@ with the shardings of the arrays given as an example, so a checkpoint moves
 between device counts.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
+import time
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -17,9 +20,34 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from tda import parts
+from tda import meshes, parts
 
 PyTree: TypeAlias = Any
+
+
+class Pace:
+  """When to save what a run has so far: every so many seconds.
+
+  Less often where saving takes long, so that it is a tenth of a run at most.
+  All processes of a run hear of the first one's clock.
+  """
+
+  def __init__(self, seconds: float):
+    self._wait = self._seconds = seconds
+    self._last = time.monotonic()
+
+  def due(self) -> bool:
+    """Whether to save now; every process asks at the same place of the run."""
+    late = time.monotonic() - self._last > self._wait
+    return meshes.agreed(late)
+
+  @contextlib.contextmanager
+  def saving(self) -> Iterator[None]:
+    """Around a save."""
+    began = time.monotonic()
+    yield
+    self._last = time.monotonic()
+    self._wait = max(self._seconds, 9 * (self._last - began))
 
 
 def exists(directory: str) -> bool:

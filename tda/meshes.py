@@ -78,3 +78,10 @@ def fetch(x: jax.Array) -> np.ndarray:
       return np.asarray(x.addressable_data(0))
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
   return np.asarray(x)
+
+
+def agreed(said: bool) -> bool:
+  """What the first process says; all of them have to ask."""
+  if jax.process_count() == 1:
+    return said
+  return bool(multihost_utils.broadcast_one_to_all(np.bool_(said)))

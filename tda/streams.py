@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -45,7 +44,7 @@ class Loop(NamedTuple):
     directory: where to save as the pass goes; what an interrupted pass left
       there is taken up. It must belong to the same pass, which the caller
       sees to.
-    save_every: seconds between saves.
+    save_every: seconds between saves, more where a save takes long.
     microbatch: rows of a batch that are computed at a time, one microbatch
       after another in the same program: memory is then that of a microbatch.
       None: the whole batch. A multiple of the mesh's "data" axis.
@@ -100,20 +99,20 @@ def fold(
     state, seen = found["state"], int(meshes.fetch(found["seen"]))
   update = functools.partial(_update, stream.update, loop.microbatch)
   unchecked: list[tuple[Array, int]] = []
-  saved = time.monotonic()
+  pace = checkpoints.Pace(loop.save_every)
 
   def save(seen):
     _check_finite(unchecked)
     if loop.directory is not None:
-      checkpoints.save(loop.directory, record(seen))
+      with pace.saving():
+        checkpoints.save(loop.directory, record(seen))
 
   for batch, start, stop in _batches(data, seen, loop):
     state, finite = update(state, params, batch)
     _check_finite(unchecked)  # of the batch before: the device is kept busy
     unchecked.append((finite, start))
-    if time.monotonic() - saved > loop.save_every:
+    if loop.directory is not None and pace.due():
       save(stop)
-      saved = time.monotonic()
   save(rows(data))
   return stream.finalize(state)
 

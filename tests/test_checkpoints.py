@@ -123,3 +123,25 @@ def test_a_part_appears_when_it_is_whole(tmp_path):
     file.write(b"half")
     raise KeyboardInterrupt
   assert not list(tmp_path.iterdir())
+
+
+def test_saving_keeps_to_a_tenth_of_the_time(monkeypatch):
+  now = 0.0
+  monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+  pace = checkpoints.Pace(60)
+  now = 59
+  assert not pace.due()
+  now = 61
+  assert pace.due()
+  with pace.saving():
+    now += 1
+  now += 59
+  assert not pace.due()
+  now += 2
+  assert pace.due()
+  with pace.saving():
+    now += 20
+  now += 179
+  assert not pace.due()
+  now += 2
+  assert pace.due()

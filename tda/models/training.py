@@ -8,7 +8,6 @@ Notation: S steps, B rows of a batch, T positions.
 """
 
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -103,7 +102,7 @@ def train(
     mesh: batches are spread over its "data" axis, parameters over "model".
     directory: keeps the state; what a stopped run left there is taken up. It
       must belong to the same run, which the caller sees to.
-    save_every: seconds between checkpoints.
+    save_every: seconds between checkpoints, more where one takes long.
     label: of the progress bar; None shows none.
 
   Raises:
@@ -117,7 +116,7 @@ def train(
     found = checkpoints.load(directory, meshes.replicate(record(), mesh))
     state, step = found["state"], int(meshes.fetch(found["step"]))
     losses = np.array(meshes.fetch(found["losses"]))
-  saved = time.monotonic()
+  pace = checkpoints.Pace(save_every)
   waiting: list[tuple[int, jax.Array]] = []
   with tqdm.tqdm(
     total=recipe.steps, initial=step, desc=label, unit="step", disable=not label
@@ -128,12 +127,10 @@ def train(
       waiting.append((step, loss))
       step += 1
       bar.update()
-      if directory is not None and (
-        step == recipe.steps or time.monotonic() - saved > save_every
-      ):
+      if directory is not None and (pace.due() or step == recipe.steps):
         _settle(waiting, losses, bar)
-        checkpoints.save(directory, meshes.replicate(record(), mesh))
-        saved = time.monotonic()
+        with pace.saving():
+          checkpoints.save(directory, meshes.replicate(record(), mesh))
     _settle(waiting, losses, bar)
   return Trained(state.params, losses)
 
