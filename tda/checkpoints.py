@@ -28,7 +28,8 @@ PyTree: TypeAlias = Any
 class Pace:
   """When to save what a run has so far: every so many seconds.
 
-  Less often where saving takes long, so that it is a tenth of a run at most.
+  Less often where saving takes long, so that it is a tenth of a run at most; but
+  with 0 seconds always.
   All processes of a run hear of the first one's clock.
   """
 
@@ -47,7 +48,8 @@ class Pace:
     began = time.monotonic()
     yield
     self._last = time.monotonic()
-    self._wait = max(self._seconds, 9 * (self._last - began))
+    if self._seconds:
+      self._wait = max(self._seconds, 9 * (self._last - began))
 
 
 def exists(directory: str) -> bool:
