@@ -28,9 +28,8 @@ PyTree: TypeAlias = Any
 class Pace:
   """When to save what a run has so far: every so many seconds.
 
-  Less often where saving takes long, so that it is a tenth of a run at most; but
-  with 0 seconds always.
-  All processes of a run hear of the first one's clock.
+  Less often where saving takes long, so that it is a tenth of a run at most;
+  but always with 0 seconds. All processes of a run go by the first one's clock.
   """
 
   def __init__(self, seconds: float):
