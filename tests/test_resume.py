@@ -8,9 +8,11 @@ from pathlib import Path
 
 import conformance
 import numpy as np
+import pytest
 from conformance import N, Variation
 
 from tda import meshes
+from tda.curvature import kronecker
 from tda.streams import Loop
 
 TESTS = Path(__file__).parent
@@ -73,3 +75,27 @@ def test_a_killed_run_is_taken_up_on_other_devices(tmp_path, monkeypatch):
   assert 0 < len(handed) < 4  # four would be a whole pass
   whole = conformance.run(VARIATION)["ekfac"]
   assert np.abs(found - whole).max() <= 1e-5 * np.abs(whole).max()
+
+
+def test_sides_of_an_eigenbasis_are_found_once(tmp_path, monkeypatch):
+  find, found = kronecker._decomposed, []
+
+  def stopping(name, side, *args):
+    if len(found) == 2:
+      raise KeyboardInterrupt
+    found.append((name, side))
+    return find(name, side, *args)
+
+  def counting(name, side, *args):
+    found.append((name, side))
+    return find(name, side, *args)
+
+  loop = VARIATION.loop._replace(directory=str(tmp_path))
+  monkeypatch.setattr(kronecker, "_decomposed", stopping)
+  with pytest.raises(KeyboardInterrupt):
+    conformance.run(VARIATION._replace(loop=loop))
+  monkeypatch.setattr(kronecker, "_decomposed", counting)
+  scores = conformance.run(VARIATION._replace(loop=loop))["ekfac"]
+  assert len(found) == len({*found}) > 2
+  monkeypatch.undo()
+  np.testing.assert_array_equal(scores, conformance.run(VARIATION)["ekfac"])

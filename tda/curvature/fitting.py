@@ -1,11 +1,16 @@
 """Fitting a Kronecker-factored curvature to a dataset, start to finish."""
 
+import functools
+import os
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tda import gradients, streams
+from tda import checkpoints, gradients, meshes, streams
 from tda.blocks import Blocks, Trace
 from tda.curvature import kronecker
 from tda.curvature import labels as labels_lib
@@ -37,11 +42,11 @@ def fitter(
   Returns:
     fit(params, data, *, others=(), scales=None, key=None, loop=Loop()) ->
     {method: Curvature}. Data is a pytree of arrays with leading axis N; the key
-    is for sampled labels, of which each pass draws its own; each pass saves in
-    a folder of its own. With other parameters the curvature is the mean over
-    all of them, in one basis; given scales (`kronecker.eigenbasis`), which are
-    not for the diagonal, K-FAC's and EK-FAC's are of scaled coordinates. A
-    second call compiles nothing again.
+    is for sampled labels, of which each pass draws its own; each pass, and each
+    side of the eigenbasis, saves in a folder of its own. With other parameters
+    the curvature is the mean over all of them, in one basis; given scales
+    (`kronecker.eigenbasis`), which are not for the diagonal, K-FAC's and
+    EK-FAC's are of scaled coordinates. A second call compiles nothing again.
   """
   unknown = set(methods) - set(METHODS)
   if unknown or not methods:
@@ -88,7 +93,11 @@ def fitter(
     if "kfac" in methods or "ekfac" in methods:
       moments, total = summed(moments_fold, "covariances", None, keys[0])
       total = int(total)
-      basis, sides = kronecker.eigenbasis(moments, scales, widest)
+      stage = loop.stage("eigenbasis")
+      keep = functools.partial(_kept, stage)
+      basis, sides = kronecker.eigenbasis(
+        moments, scales, widest, keep=keep, label=stage.label
+      )
     if "kfac" in methods:
       values = kronecker.kfac_eigenvalues(moments, sides, total)
       fits["kfac"] = Curvature(basis, values, "kfac", labels, total)
@@ -102,6 +111,19 @@ def fitter(
     return {name: fits[name] for name in methods}
 
   return fit
+
+
+def _kept(loop: Loop, name: str, like: Any, compute: Callable) -> Any:
+  """What is in the loop's directory, or is computed and saved there."""
+  if loop.directory is None:
+    return compute()
+  folder = os.path.join(loop.directory, urllib.parse.quote(name, safe=""))
+  if checkpoints.exists(folder):
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    return checkpoints.load(folder, meshes.replicate(zeros, loop.mesh))
+  found = compute()
+  checkpoints.save(folder, meshes.replicate(found, loop.mesh))
+  return found
 
 
 def _means(

@@ -19,13 +19,15 @@ gradients, cross terms included.
 Notation: G, O, I as in `tda.factors`.
 """
 
+import functools
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from tda import factors, taps
 from tda import moments as moments_lib
@@ -99,11 +101,17 @@ SQUARES = taps.Statistic(
 Scales = Mapping[str, tuple[Array, Array]]
 """Of inputs [*stack, G, I] and outputs [*stack, G, O], by block."""
 
+Keep = Callable[[str, Any, Callable[[], Any]], Any]
+"""(name, arrays like the result, compute) -> the result, perhaps read."""
+
 
 def eigenbasis(
   moments: Mapping[str, Moments],
   scales: Scales | None = None,
   widest: int | None = None,
+  *,
+  keep: Keep = lambda name, like, compute: compute(),
+  label: str | None = None,
 ) -> tuple[dict[str, Basis], dict[str, tuple[Array, Array]]]:
   """Eigenvectors of the moments by block, and the eigenvalues of each side.
 
@@ -115,6 +123,9 @@ def eigenbasis(
   are cut along the diagonal into parts of about the same size, whose
   eigenvectors are found one by one: P parts take 1 / P² of the time (Grosse et
   al. 2023, §2.2, lose little by it).
+
+  Each side is found by `keep`, which may have it from before; `label` is that
+  of a progress bar over them, and None shows none.
 
   Raises:
     ValueError: a factor that is not finite, by block and side.
@@ -133,14 +144,17 @@ def eigenbasis(
     matrices = {k: _scale(x, _scale_of(k, scales)) for k, x in matrices.items()}
   if widest is not None and widest < 1:
     raise ValueError(f"widest={widest} must be 1 or more, or None to cut none")
-  found = {key: _cut_eigh(x, widest) for key, x in matrices.items()}
-  for (name, side), (_, _, sound) in found.items():
-    if not bool(sound):
-      found[name, side] = _eigh_on_host(name, side, matrices[name, side])
+  found = {}
+  for (name, side), x in tqdm.tqdm(
+    matrices.items(), desc=label, unit="side", disable=not label
+  ):
+    like = jax.ShapeDtypeStruct(x.shape[:-1], x.dtype), x
+    compute = functools.partial(_decomposed, name, side, x, widest)
+    found[name, side] = keep(f"{name} {side}", like, compute)
   if scales is not None:
     found = {
-      k: (values, _scale_of(k, scales)[..., None] * vectors, sound)
-      for k, (values, vectors, sound) in found.items()
+      k: (values, _scale_of(k, scales)[..., None] * vectors)
+      for k, (values, vectors) in found.items()
     }
   bases, spectra = {}, {}
   for name, pair in sides.items():
@@ -179,6 +193,15 @@ def _scale(x: Array, s: Array) -> Array:
   return s[..., :, None] * x * s[..., None, :]
 
 
+def _decomposed(
+  name: str, side: str, x: Array, widest: int | None
+) -> tuple[Array, Array]:
+  values, vectors, sound = _cut_eigh(x, widest)
+  if bool(sound):
+    return values, vectors
+  return _eigh_on_host(name, side, x)
+
+
 def _cut_eigh(x: Array, widest: int | None) -> tuple:
   """Values, vectors, and whether all are finite, part by part."""
   width = x.shape[-1]
@@ -211,7 +234,7 @@ def _symmetric(x: Array) -> tuple:
   return jnp.maximum(values, 0), vectors, sound
 
 
-def _eigh_on_host(name: str, side: str, matrices: Array) -> tuple:
+def _eigh_on_host(name: str, side: str, matrices: Array) -> tuple[Array, Array]:
   """What the device's solver gave up on, again in float64 by LAPACK."""
   symmetric = np.asarray(matrices, np.float64)
   symmetric = (symmetric + symmetric.swapaxes(-1, -2)) / 2
@@ -229,4 +252,4 @@ def _eigh_on_host(name: str, side: str, matrices: Array) -> tuple:
       f"or float64: {error}. Leave the block out with `select`"
     ) from error
   dtype = matrices.dtype
-  return jnp.asarray(values.clip(0), dtype), jnp.asarray(vectors, dtype), True
+  return jnp.asarray(values.clip(0), dtype), jnp.asarray(vectors, dtype)
