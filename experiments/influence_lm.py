@@ -67,6 +67,7 @@ def main(_) -> None:
     influence_task.check_prompts(setting, tokenizer, task)
   else:
     queries = attribution.completions(task.pairs, tokenizer, setting.length)
+    words = influence_task.lexical(task)
   # What a query asks for may change; what was fitted for others is kept.
   workdir = Workdir(
     path,
@@ -78,14 +79,14 @@ def main(_) -> None:
     model = language.train(setting, workdir, tokenizer, rows, model)
   if asks_itself:
     task, queries = influence_task.answered(setting, workdir, model, task)
+    words = influence_task.lexical(task)
   which = records.digest(queries)[:8]
   which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")
   found = workdir.stage(
     f"scores_{which}",
     lambda: scored(setting, workdir, model, task, (rows, queries), which),
   )
-  scores = {k: found[k] for k in METHODS if k in found}
-  scores |= influence_task.lexical(task)
+  scores = {k: found[k] for k in METHODS if k in found} | words
   influence_report.show(setting, workdir, task, scores, found)
 
 
@@ -145,6 +146,7 @@ def scored(
     found = score(params, probes, queries, only, loop=stage)["ekfac"]
     return attribution.by_document(found, probes).values
 
+  loop = loop._replace(label="surprisals")
   return {
     **{k: x.values for k, x in results.items()},
     "orders": influence_task.own(task.orders, of_texts),

@@ -144,9 +144,9 @@ def _retrieved(
 
 
 def _ordered(workdir: Workdir, task: Task, orders: np.ndarray) -> str:
-  """Median influence of each order of a fact's words, and of another fact.
+  """Influence of each order of a fact's words, and of another fact.
 
-  Over the queries, of which a few have influences a thousand times larger.
+  Medians over the queries, since the means are those of the few largest.
   """
   names = [*task.orders, "another fact"]
   pairs = zip(names, np.median(orders, axis=1), strict=True)

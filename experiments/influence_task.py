@@ -28,9 +28,8 @@ class Task(NamedTuple):
   pairs: list[tuple[str, str]]
   kinds: np.ndarray | None = None  # [D], of planted documents
   fact: np.ndarray | None = None  # [D]
-  orders: Mapping[str, list[str]] = MappingProxyType(
-    {}
-  )  # of a fact's words [Q]
+  # Of a planted fact's words, each [Q].
+  orders: Mapping[str, list[str]] = MappingProxyType({})
 
 
 def asked(setting: ConfigDict) -> Task:
@@ -39,6 +38,8 @@ def asked(setting: ConfigDict) -> Task:
     raise ValueError(
       f"sites={setting.sites!r}: gradients of documents are those of {SITES}"
     )
+  if setting.tune and not setting.model:
+    raise ValueError("there is nothing to tune: give --config.model")
   if setting.documents == "planted":
     if setting.facts < 2 or setting.copies < 1:
       raise ValueError(
@@ -58,8 +59,6 @@ def asked(setting: ConfigDict) -> Task:
     )
   prompts = setting.prompts
   completions = setting.completions or [""] * len(prompts)
-  if setting.tune and not setting.model:
-    raise ValueError("there is nothing to tune: give --config.model")
   if not setting.documents:
     raise ValueError(
       "no documents: give --config.documents, a folder or a file.jsonl"
@@ -149,6 +148,6 @@ def own(
     return np.zeros((0, 0))
   values = of_texts([text for many in orders.values() for text in many])
   each = values.reshape(len(orders), -1, values.shape[1])
-  own = np.diagonal(each, axis1=1, axis2=2)
-  others = (each[0].sum(axis=0) - own[0]) / (len(each[0]) - 1)
-  return np.vstack([own, others])
+  mine = np.diagonal(each, axis1=1, axis2=2)
+  others = (each[0].sum(axis=0) - mine[0]) / (len(each[0]) - 1)
+  return np.vstack([mine, others])

@@ -105,9 +105,7 @@ def train(
 
   A run that was stopped goes on.
   """
-  config = decoder_config(setting, tokenizer.vocab)
-  if start is not None:
-    config = start.config
+  config = start.config if start else decoder_config(setting, tokenizer.vocab)
   with workdir.timed("train"):
     params, losses = training.train(
       config,

@@ -75,7 +75,7 @@ def compress(blocks: Blocks, rank: int, *, steps: int = 2) -> dict:
   for name, x in blocks.items():
     outputs, inputs = x.shape[-2:]
     small = rank * (outputs + inputs) < outputs * inputs
-    # One at a time: see `kronecker.eigenbasis`.
+    # One at a time: see `kronecker._eigh`.
     found[name] = x
     if small:
       found[name] = jax.block_until_ready(_low_rank(x, rank, steps))

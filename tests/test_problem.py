@@ -266,9 +266,8 @@ def test_a_language_model_is_right_where_every_token_of_the_answer_is(tmp_path):
   )
   scores = stages.attributed(task, Workdir(str(tmp_path), {}))["bm25"].scores
   assert task.relevant[scores[:, 0].argmax(), 0]
-  pictures = problem.build(dataclasses.replace(SETTING, methods=("bm25",)))
   with pytest.raises(ValueError, match="digits has none"):
-    stages.attributed(pictures, Workdir(str(tmp_path / "other"), {}))
+    problem.build(dataclasses.replace(SETTING, methods=("bm25",)))
 
 
 def test_texts_have_their_own_likelihood_and_no_margin():

@@ -30,6 +30,7 @@ def main(port: str, process: str, folder: str) -> None:
     f"127.0.0.1:{port}", 2, int(process), initialization_timeout=30
   )
   assert (jax.process_count(), len(jax.devices())) == (2, 8)
+  assert meshes.agreed(process == "0") and not meshes.agreed(process == "1")
   loop = Loop(8, mesh=meshes.mesh(4, 2))
   total = resumed_sum(loop._replace(directory=f"{folder}/sum", save_every=0))
   scores = conformance.run(Variation(methods=METHODS, loop=loop))

@@ -108,8 +108,8 @@ def by_document(
   documents = last if documents is None else documents
   if documents < last:
     raise ValueError(f"the rows hold document {last - 1}, and D={documents}")
-  pieces = cut(rows)
-  if pieces and (scores.unit == SIMILARITY or scores.values.ndim == 2):
+  additive = scores.unit != SIMILARITY and scores.values.ndim > 2
+  if not additive and (pieces := cut(rows)):
     raise ValueError(
       f"{scores.method} of {pieces} documents that are cut into pieces: it does"
       " not add up over them. Pack longer rows, or take the pieces as they are"

@@ -209,7 +209,7 @@ def copies(corpus: Planted) -> np.ndarray:
 def orders(corpus: Planted) -> dict[str, list[str]]:
   """Each fact's sentence, its halves in the other order, and each half [F].
 
-  To be scored as if they were documents: Grosse et al. (2023, §5.3.4) find that
+  To be scored as if they were documents: Grosse et al. (2023) find that
   of the same words with the answer first influence all but vanishes. (A copy
   without fillers is the sentence itself.)
   """

@@ -158,7 +158,7 @@ def build(setting: Setting, size: int | None = None) -> Problem:
 
 
 def _check_kind(setting: Setting, dataset: Dataset) -> None:
-  """Texts have a likelihood of their own, and no margin."""
+  """Texts have words, a likelihood of their own, and no margin."""
   language = dataset.kind == "language"
   if setting.likelihood in _LIKELIHOODS and (
     language != (setting.likelihood == "tokens")
@@ -166,6 +166,11 @@ def _check_kind(setting: Setting, dataset: Dataset) -> None:
     raise ValueError(
       f"likelihood={setting.likelihood!r} for {dataset.name}: 'tokens' is that"
       " of texts, and of nothing else"
+    )
+  if "bm25" in setting.methods and not language:
+    raise ValueError(
+      f"bm25 compares words, and {dataset.name} has none: leave it out of the"
+      " methods"
     )
   if language and setting.measurement != "loss":
     raise ValueError(

@@ -80,11 +80,6 @@ def attributed(problem: Problem, workdir: Workdir) -> dict[str, Attribution]:
 
 
 def _bm25(problem: Problem) -> np.ndarray:
-  if problem.dataset.kind != "language":
-    raise ValueError(
-      f"bm25 compares words, and {problem.dataset.name} has none: leave it out"
-      " of the methods"
-    )
   documents = packing.tokens(problem.dataset.train)
   return retrieval.bm25(documents, packing.tokens(dict(problem.queries)))
 
