@@ -43,6 +43,13 @@ def spread(batch: PyTree, over: Mesh | None) -> PyTree:
   return jax.tree.map(lambda x: _placed(x, rows), batch)
 
 
+def constrained(tree: PyTree, over: Mesh | None) -> PyTree:
+  """Inside a jitted function: rows of the result split as `spread` does."""
+  if over is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, NamedSharding(over, P("data")))
+
+
 def replicate(tree: PyTree, over: Mesh | None) -> PyTree:
   """Puts a copy of every array on every device of the mesh.
 
@@ -78,6 +85,12 @@ def fetch(x: jax.Array) -> np.ndarray:
       return np.asarray(x.addressable_data(0))
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
   return np.asarray(x)
+
+
+def together(name: str) -> None:
+  """Waits until every process is here; `name` says where."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def agreed(said: bool) -> bool:

@@ -1,10 +1,10 @@
 """Passes over data: the only loops over examples in the library.
 
-`fold` sums something over a dataset and `each` computes something for every
-example. Both cut the data into batches of one static shape, pad the last one
-and say which rows count, show progress, name the first example whose outputs
-are not finite, and can save as they go and continue after a kill, with any
-batch size.
+`fold` sums something over a dataset, `each` computes something for every
+example, and `visit` hands such values on as they come. All cut the data into
+batches of one static shape, pad the last one and say which rows count, show
+progress, and name the first example whose outputs are not finite. The first two
+can save as they go and continue after a kill, with any batch size.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def fold(
     found = checkpoints.load(loop.directory, record(seen))
     state, seen = found["state"], int(meshes.fetch(found["seen"]))
   update = functools.partial(_update, stream.update, loop.microbatch)
-  unchecked: list[tuple[Array, int]] = []
+  unchecked: list[tuple[Array, np.ndarray]] = []
   pace = checkpoints.Pace(loop.save_every)
 
   def save(seen):
@@ -107,12 +107,12 @@ def fold(
       with pace.saving():
         checkpoints.save(loop.directory, record(seen))
 
-  for batch, start, stop in _batches(data, seen, loop):
+  for batch, index in _batches(data, _in_turn(rows(data), seen, loop), loop):
     state, finite = update(state, params, batch)
     _check_finite(unchecked)  # of the batch before: the device is kept busy
-    unchecked.append((finite, start))
+    unchecked.append((finite, index))
     if loop.directory is not None and pace.due():
-      save(stop)
+      save(int(index.max()) + 1)
   save(rows(data))
   return stream.finalize(state)
 
@@ -132,8 +132,6 @@ def each(
     ValueError: the first example whose outputs are not finite, by index.
   """
   n = rows(data)
-  run = functools.partial(_values, fn, loop.microbatch)
-  params = meshes.replicate(params, loop.mesh)
   totals: list[np.ndarray] = []
   seen, treedef, shapes = 0, None, []
   if loop.directory is not None:
@@ -148,26 +146,59 @@ def each(
     for total, part in zip(totals, leaves, strict=True):
       total[start:stop] = part
 
-  def keep(values, finite, start, stop):
-    _check_finite([(finite, start)])
-    leaves = [meshes.fetch(x)[: stop - start] for x in jax.tree.leaves(values)]
-    put(leaves, start, stop)
-    store.save(np.arange(start, stop), leaves)
+  def keep(values, index):
+    nonlocal treedef
+    treedef = jax.tree.structure(values)
+    index = index[index >= 0]
+    leaves = [meshes.fetch(x)[: len(index)] for x in jax.tree.leaves(values)]
+    put(leaves, index[0], index[-1] + 1)
+    store.save(index, leaves)
 
   for index, leaves in store.load():
     if index[0] <= seen:
       put(leaves, index[0], index[-1] + 1)
       seen = max(seen, int(index[-1]) + 1)
-  waiting = None
-  for batch, start, stop in _batches(data, seen, loop):
-    values, finite = run(params, batch)
-    treedef = jax.tree.structure(values)
-    if waiting is not None:
-      keep(*waiting)
-    waiting = (values, finite, start, stop)
-  if waiting is not None:
-    keep(*waiting)
+  visit(fn, params, data, _in_turn(n, seen, loop), keep, loop)
   return jax.tree.unflatten(treedef, totals)
+
+
+def visit(
+  fn: Callable[[PyTree, Batch], tuple[PyTree, Array]],
+  params: PyTree,
+  data: PyTree,
+  order: np.ndarray,
+  keep: Callable[[PyTree, np.ndarray], None],
+  loop: Loop = Loop(),
+) -> None:
+  """Evaluates `fn(params, batch) -> (values, finite [B])` in a given order.
+
+  Args:
+    fn: see above.
+    params: its first argument.
+    data: pytree of arrays with leading axis N.
+    order: int [batches, B], which rows each batch holds; -1 for none.
+    keep: (values, row of `order`), called batch after batch while the next one
+      is computed. The values lie where they were computed, padding included.
+    loop: its batch size and directory do not matter here.
+
+  Raises:
+    ValueError: the first example whose outputs are not finite, by index.
+  """
+  run = functools.partial(_values, fn, loop.microbatch)
+  params = meshes.replicate(params, loop.mesh)
+  waiting: list[tuple[PyTree, Array, np.ndarray]] = []
+
+  def finish():
+    while waiting:
+      values, finite, index = waiting.pop()
+      _check_finite([(finite, index)])
+      keep(values, index)
+
+  for batch, index in _batches(data, order, loop):
+    values, finite = run(params, batch)
+    finish()
+    waiting.append((values, finite, index))
+  finish()
 
 
 def rows(data: PyTree) -> int:
@@ -197,28 +228,45 @@ def example(data: PyTree) -> PyTree:
   )
 
 
-def _batches(
-  data: PyTree, seen: int, loop: Loop
-) -> Iterator[tuple[Batch, int, int]]:
-  """Batches of one shape from row `seen` on, with the rows they hold."""
+def batch_size(count: int, loop: Loop) -> int:
+  """Rows of each batch, if `count` of them are evened out over the batches."""
   if loop.batch_size < 1:
     raise ValueError(f"batch_size must be positive, got {loop.batch_size}")
-  n = rows(data)
   multiple = _multiple(loop)
-  count = max(1, math.ceil((n - seen) / loop.batch_size))
-  size = math.ceil((n - seen) / count / multiple) * multiple
-  padded = (n - seen) % size != 0 if size else False
+  batches = max(1, math.ceil(count / loop.batch_size))
+  return math.ceil(count / batches / multiple) * multiple
+
+
+def _in_turn(n: int, seen: int, loop: Loop) -> np.ndarray:
+  """The order of a pass from row `seen` on [batches, B]."""
+  size = batch_size(n - seen, loop)
+  if not size:
+    return np.zeros((0, 1), np.int64)
+  batches = math.ceil((n - seen) / size)
+  order = np.arange(seen, seen + batches * size).reshape(batches, size)
+  return np.where(order < n, order, -1)
+
+
+def _batches(
+  data: PyTree, order: np.ndarray, loop: Loop
+) -> Iterator[tuple[Batch, np.ndarray]]:
+  """Batches of one shape, with the rows they hold."""
+  n, left = rows(data), int((order >= 0).sum())
+  padded = left < order.size
   data = jax.tree.map(np.asarray, data)
   with tqdm.tqdm(
-    total=n, initial=seen, desc=loop.label, unit="ex", disable=not loop.label
+    total=n,
+    initial=n - left,
+    desc=loop.label,
+    unit="ex",
+    disable=not loop.label,
   ) as bar:
-    for start in range(seen, n, max(size, 1)):
-      stop = min(start + size, n)
-      index = np.minimum(np.arange(start, start + size), n - 1)
-      lanes = (np.arange(start, start + size) < n) if padded else None
-      batch = _slice(data, index, lanes)
-      yield meshes.spread(batch, loop.mesh), start, stop
-      bar.update(stop - start)
+    for index in order:
+      held = index >= 0
+      taken = np.where(held, index, index.max())
+      batch = _slice(data, taken, held if padded else None)
+      yield meshes.spread(batch, loop.mesh), index
+      bar.update(int(held.sum()))
 
 
 def _multiple(loop: Loop) -> int:
@@ -261,14 +309,15 @@ def _slice(data: PyTree, index: np.ndarray, lanes: np.ndarray | None) -> Batch:
   return Batch(taken, index.astype(np.int32), weights)
 
 
-def _check_finite(unchecked: list[tuple[Array, int]]) -> None:
-  """Empties the list of (finite [B], index of the first row)."""
+def _check_finite(unchecked: list[tuple[Array, np.ndarray]]) -> None:
+  """Empties the list of (finite [B], rows [B])."""
   while unchecked:
-    finite, start = unchecked.pop(0)
+    finite, index = unchecked.pop(0)
     found = meshes.fetch(finite)
     if not found.all():
+      first = index[~found & (index >= 0)].min(initial=index.max())
       raise ValueError(
-        f"the outputs or gradients of example {start + int(np.argmin(found))} "
+        f"the outputs or gradients of example {first} "
         "are not finite: look at that row of the data and at the parameters. "
         "What was saved before it is kept"
       )

@@ -23,15 +23,15 @@ Notation: N examples, Q queries, blocks [*stack, G, O, I] of which each group of
 each layer is a module, sides of P and S coordinates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tda import blocks, factors, gradients, projections, streams, taps
-from tda.attribution import adam
+from tda import blocks, gradients, projections, streams
+from tda.attribution import adam, projected
 from tda.attribution.influence import coverage
 from tda.blocks import Trace
 from tda.inverse import spectral, whitening
@@ -99,9 +99,12 @@ def attribute(
   sides = projections.two_sided(found, key, dimension)
   if second_moments is not None:
     sides = corrected(found, sides, second_moments)
-  captured = gradients.backward_pass(found, objective, PROJECTED)
-  project = gradients.kept(captured, lambda values, sides: values)
-  ask = project if measurement is None else _asking(found, measurement)
+  whole = lambda values, sides: values
+  captured = gradients.backward_pass(found, objective, projected.PROJECTED)
+  project = ask = gradients.kept(captured, whole)
+  if measurement is not None:
+    asked_of = projected.of_measurement(found, measurement)
+    ask = gradients.kept(asked_of, whole)
   with streams.said_of("train"):
     features = project(params, train, sides, loop=loop.stage("train"))
   with streams.said_of("queries"):
@@ -128,41 +131,6 @@ def corrected(
   adam.check_second(second_moments)
   moments = adam.in_blocks(found, second_moments)
   return {name: _scaled(sides[name], v) for name, v in moments.items()}
-
-
-def _project(block, parts, lanes, sides):
-  del block, lanes
-  return factors.gradient(factors.rotate(parts, *sides))
-
-
-def _formed(parts, sides) -> int:
-  rotated = jax.eval_shape(factors.rotate, parts, *sides)
-  return factors.entries(parts) if isinstance(rotated, factors.Dense) else 0
-
-
-PROJECTED = taps.Statistic(
-  _project, per_example=True, linear=lambda block: True, footprint=_formed
-)
-"""Per-example gradients [S, P] along the directions of each side."""
-
-
-def _asking(
-  found: Trace, measurement: Loss
-) -> Callable[..., dict[str, np.ndarray]]:
-  """The same of the gradients of any function of (params, query)."""
-  run = gradients.of_measurement(found, measurement)
-
-  def along(x, inputs, outputs):
-    if inputs is not None:
-      x = jnp.einsum("b...oi,...ip->b...op", x, inputs)
-    if outputs is not None:
-      x = jnp.einsum("b...oi,...or->b...ri", x, outputs)
-    return x
-
-  return gradients.kept(
-    lambda params, batch, _: run(params, batch),
-    lambda grads, sides: {k: along(x, *sides[k]) for k, x in grads.items()},
-  )
 
 
 def _scaled(sides: Sides, v: jax.Array) -> Sides:

@@ -40,7 +40,7 @@ def cosines(
   products, squares_N, squares_Q = 0.0, 0.0, 0.0
   for name, (ours, theirs) in second.items():
     mixed = mixing * theirs + (1 - mixing) * ours
-    root_MxDxD = _inverse_root(mixed, damping)
+    root_MxDxD = inverse_root(mixed, damping)
     train_NxF, query_QxF = (
       (_modules(x[name]) @ root_MxDxD).swapaxes(0, 1).reshape(len(x[name]), -1)
       for x in (features, asked)
@@ -102,7 +102,7 @@ def _eigenvalues(blocks: Sequence[np.ndarray]) -> np.ndarray:
   return np.concatenate([np.linalg.eigvalsh(x).ravel() for x in blocks])
 
 
-def _inverse_root(matrices: np.ndarray, damping: float) -> np.ndarray:
+def inverse_root(matrices: np.ndarray, damping: float) -> np.ndarray:
   """Columns W with W Wᵀ = (R + δ)⁻¹, [M, D, D]; zero where R is."""
   values_MxD, vectors = np.linalg.eigh(matrices)
   values_MxD = values_MxD.clip(0)

@@ -1,0 +1,401 @@
+"""Gradient stores on disk: rows in shards that are written once.
+
+    manifest.json          layout of a row, its type, and what it was made of
+    parts/000/part.json    the data it is of, and how its shards are cut
+    parts/000/rows/        zarr v3, one file a shard, a checksum for every chunk
+    parts/000/scales/      of int8
+    parts/000/shards/      shard 12 counts once 000012.json says so
+
+A part is the rows of one data set; data that come later are another part, and
+nothing is written twice. A shard holds the rows of so many examples of its
+part, however many devices, processes and sittings it takes to fill them all.
+Rows are numbered through, part after part and shard after shard.
+
+Any reader of zarr v3 opens the arrays; TensorStore does here.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+
+from tda import parts as parts_lib
+from tda.store.layout import DTYPES, Encoded, Span
+
+VERSION = 1
+CHUNK = 2**21  # bytes, about, that one checksum is of
+SHARD = 2**26  # bytes, about, of a shard
+READ = 2**24  # bytes, about, that are read at a time
+
+
+class Part(NamedTuple):
+  """The rows of one data set."""
+
+  path: Path
+  digest: str
+  examples: int
+  per_shard: int  # examples
+  chunk: int  # rows that one checksum is of
+  capacity: int  # rows of a shard at most, whole chunks
+  shards: int
+
+  def inside(self, number: int) -> np.ndarray:
+    """The examples of a shard."""
+    first = number * self.per_shard
+    return np.arange(first, min(first + self.per_shard, self.examples))
+
+
+class Shard(NamedTuple):
+  """Rows that were written together."""
+
+  part: Part
+  number: int  # in its part
+  first: int  # its first row, of the store
+  rows: int
+  names: tuple[str, ...]  # of the rows
+
+  def __str__(self) -> str:
+    return f"shard {self.number} of {self.part.path}"
+
+
+class Store(NamedTuple):
+  """A store as it was when it was opened."""
+
+  path: Path
+  layout: tuple[Span, ...]
+  dtype: str
+  about: dict[str, Any]  # what it was made of
+  parts: tuple[Part, ...]
+  shards: tuple[Shard, ...]
+
+  @property
+  def rows(self) -> int:
+    """N."""
+    return sum(shard.rows for shard in self.shards)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of all rows."""
+    return tuple(name for shard in self.shards for name in shard.names)
+
+  @property
+  def complete(self) -> bool:
+    """Whether no shard of any part is missing."""
+    return len(self.shards) == sum(part.shards for part in self.parts)
+
+
+class Block(NamedTuple):
+  """Rows that were read together; their arrays are used again afterwards."""
+
+  first: int
+  rows: Encoded  # [n, F] and [n, M]
+
+
+def opened(path: str | Path) -> Store:
+  """A store that `writing.build` has made or begun.
+
+  Raises:
+    ValueError: there is none, or one of another version.
+  """
+  path = Path(path)
+  if not (path / "manifest.json").exists():
+    raise ValueError(f"there is no gradient store in {path}: build one first")
+  manifest = json.loads((path / "manifest.json").read_text())
+  if manifest["version"] != VERSION:
+    raise ValueError(
+      f"{path} is a store of version {manifest['version']}, and this is"
+      f" {VERSION}: build it anew"
+    )
+  layout = tuple(
+    Span(**{**span, "stack": tuple(span["stack"])})
+    for span in manifest["layout"]
+  )
+  parts, shards, first = [], [], 0
+  for folder in sorted((path / "parts").glob("[0-9]*")):
+    if not (folder / "part.json").exists():
+      continue
+    part = Part(folder, **json.loads((folder / "part.json").read_text()))
+    parts.append(part)
+    for record in sorted((folder / "shards").glob("*.json")):
+      found = json.loads(record.read_text())
+      shard = Shard(
+        part, int(record.stem), first, found["rows"], tuple(found["names"])
+      )
+      shards.append(shard)
+      first += shard.rows
+  return Store(
+    path,
+    layout,
+    manifest["dtype"],
+    manifest["about"],
+    tuple(parts),
+    tuple(shards),
+  )
+
+
+def create(
+  path: Path, layout: Sequence[Span], dtype: str, about: Mapping[str, Any]
+) -> None:
+  """Makes an empty store, unless there is one of the same.
+
+  Raises:
+    ValueError: there is one of something else; says in what it differs.
+  """
+  if dtype not in DTYPES:
+    raise ValueError(f"unknown dtype {dtype!r}; choose of {list(DTYPES)}")
+  record = path / "manifest.json"
+  if not record.exists():
+    path.mkdir(parents=True, exist_ok=True)
+    manifest = {
+      "version": VERSION,
+      "dtype": dtype,
+      "about": about,
+      "layout": [span._asdict() for span in layout],
+    }
+    _write(record, manifest)
+  store = opened(path)
+  check(store, about)
+  if store.layout != tuple(layout) or store.dtype != dtype:
+    raise ValueError(
+      f"{path} holds rows of {store.dtype} of other blocks or dimensions: give"
+      " this one another folder"
+    )
+
+
+def check(store: Store, about: Mapping[str, Any]) -> None:
+  """Refuses what does not fit a store.
+
+  Raises:
+    ValueError: it was made of something else; says in what that differs.
+  """
+  about = json.loads(json.dumps(about))
+  names = sorted({*store.about, *about})
+  other = [n for n in names if store.about.get(n) != about.get(n)]
+  if other:
+    raise ValueError(
+      f"the store {store.path} is of another {' and '.join(other)}: its rows"
+      " cannot be compared with these gradients. Build one of them in another"
+      " folder, or ask with what it was built with"
+    )
+
+
+def add(path: Path, digest: str, cut: Mapping[str, int]) -> None:
+  """Makes room for a data set: a part with arrays of nothing yet."""
+  store = opened(path)
+  folder = path / "parts" / f"{len(store.parts):03d}"
+  (folder / "shards").mkdir(parents=True, exist_ok=True)
+  part = Part(folder, digest, **cut)
+  for name, dtype, columns in _columns(store):
+    _make(folder / name, part, dtype, columns)
+  _write(folder / "part.json", {"digest": digest, **cut})
+
+
+def write(
+  part: Part, number: int, name: str, values: np.ndarray
+) -> ts.WriteFutures:
+  """Begins to write the rows of one shard into an array of its part."""
+  array = _open(part.path / name)
+  first = number * part.capacity
+  return array[first : first + len(values)].write(values)
+
+
+def finish(part: Part, number: int, rows: int, names: Sequence[str]) -> None:
+  """Says that a shard is whole."""
+  _write(_record(part, number), {"rows": rows, "names": list(names)})
+
+
+def missing(part: Part) -> list[int]:
+  """Shards that are not whole yet."""
+  return [i for i in range(part.shards) if not _record(part, i).exists()]
+
+
+def blocks(
+  store: Store,
+  *,
+  rows: int | None = None,
+  depth: int = 3,
+  lost: list[str] | None = None,
+) -> Iterator[Block]:
+  """All rows in turn, read ahead.
+
+  A block's arrays are filled again once the block after it has been asked for
+  and `depth` − 2 more: use them before, or copy them.
+
+  Args:
+    store: which.
+    rows: of a block; as many as make 16 MiB unless given.
+    depth: how many blocks there is memory for, 2 or more.
+    lost: where to say which rows cannot be read, and go on; None raises.
+
+  Raises:
+    ValueError: a shard whose checksums do not hold, or that is not there.
+  """
+  arrays = _columns(store)
+  sources = {
+    (part.path, name): _open(part.path / name)
+    for part in store.parts
+    for name, _, _ in arrays
+  }
+  bytes_of_row = sum(np.dtype(d).itemsize * c for _, d, c in arrays)
+  size = rows or max(1, READ // bytes_of_row)
+  buffers = [
+    [np.zeros((size, c), d) for _, d, c in arrays] for _ in range(depth)
+  ]
+  plan = [
+    (shard, begin, min(begin + size, shard.rows))
+    for shard in store.shards
+    for begin in range(0, shard.rows, size)
+  ]
+
+  def start(i):
+    shard, begin, end = plan[i]
+    offset = shard.number * shard.part.capacity
+    futures = []
+    for (name, _, _), buffer in zip(arrays, buffers[i % depth], strict=True):
+      source = sources[shard.part.path, name]
+      into = ts.array(buffer[: end - begin])
+      futures.append(into.write(source[offset + begin : offset + end]))
+    return futures
+
+  waiting = {i: start(i) for i in range(min(depth - 1, len(plan)))}
+  for i, (shard, begin, end) in enumerate(plan):
+    try:
+      for future in waiting.pop(i):
+        future.result()
+      for name, _, _ in arrays:
+        _check_there(shard, name)
+      intact = True
+    except Exception as error:  # TensorStore's are of many types
+      intact = False
+      said = f"rows {shard.first + begin} to {shard.first + end - 1}, {shard}"
+      if lost is None:
+        raise ValueError(
+          f"{said}, cannot be read ({_first_line(error)}): its file is damaged"
+          " or gone. Delete its record among the shards and build it again, or"
+          " search the rest on request"
+        ) from error
+      lost.append(said)
+    if intact:
+      values, *scales = (x[: end - begin] for x in buffers[i % depth])
+      rest = scales[0] if scales else None
+      yield Block(shard.first + begin, Encoded(values, rest))
+    if i + depth - 1 < len(plan):
+      waiting[i + depth - 1] = start(i + depth - 1)
+
+
+def take(store: Store, rows: Sequence[int]) -> Encoded:
+  """Chosen rows [n, F], in the order given.
+
+  Raises:
+    ValueError: rows that are not there.
+  """
+  rows_n = np.asarray(rows, np.int64)
+  if len(rows_n) and not 0 <= rows_n.min() <= rows_n.max() < store.rows:
+    raise ValueError(
+      f"rows {rows_n.min()} to {rows_n.max()} of a store of {store.rows}"
+    )
+  firsts = np.array([shard.first for shard in store.shards])
+  which_n = np.searchsorted(firsts, rows_n, "right") - 1
+  found: list[np.ndarray] = []
+  for name, dtype, columns in _columns(store):
+    sources = {part.path: _open(part.path / name) for part in store.parts}
+    futures = []
+    for row, which in zip(rows_n, which_n, strict=True):
+      shard = store.shards[which]
+      place = shard.number * shard.part.capacity + row - shard.first
+      futures.append(sources[shard.part.path][int(place)].read())
+    values = [future.result() for future in futures]
+    found.append(np.stack(values) if values else np.zeros((0, columns), dtype))
+  return Encoded(found[0], found[1] if len(found) > 1 else None)
+
+
+def cut(
+  layout: Sequence[Span],
+  dtype: str,
+  examples: int,
+  each: int,
+  per_shard: int | None,
+) -> dict[str, int]:
+  """How a data set of so many examples, of `each` rows at most, is cut."""
+  row = layout[-1].stop * jnp.dtype(dtype).itemsize
+  if per_shard is None:
+    per_shard = max(1, SHARD // (row * each))
+  if per_shard < 1:
+    raise ValueError(f"{per_shard} examples in a shard: take 1 or more")
+  per_shard = min(per_shard, examples)
+  chunk = min(max(1, CHUNK // row), per_shard * each)
+  return {
+    "examples": examples,
+    "per_shard": per_shard,
+    "chunk": chunk,
+    "capacity": math.ceil(per_shard * each / chunk) * chunk,
+    "shards": math.ceil(examples / per_shard),
+  }
+
+
+def _columns(store: Store) -> list[tuple[str, Any, int]]:
+  """Name, type and columns of the arrays of every part."""
+  width = store.layout[-1].stop
+  found = [("rows", jnp.dtype(store.dtype), width)]
+  if store.dtype == "int8":
+    modules = sum(span.modules for span in store.layout)
+    found.append(("scales", np.dtype(np.float32), modules))
+  return found
+
+
+def _make(path: Path, part: Part, dtype: Any, columns: int) -> None:
+  end = [{"name": "bytes", "configuration": {"endian": "little"}}]
+  checked = [*end, {"name": "crc32c"}]
+  sharding = {
+    "chunk_shape": [part.chunk, columns],
+    "codecs": checked,
+    "index_codecs": checked,
+  }
+  metadata = {
+    "shape": [part.shards * part.capacity, columns],
+    "data_type": np.dtype(dtype).name,
+    "chunk_grid": {
+      "name": "regular",
+      "configuration": {"chunk_shape": [part.capacity, columns]},
+    },
+    "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+  }
+  spec = {
+    "driver": "zarr3",
+    "kvstore": {"driver": "file", "path": str(path)},
+    "metadata": metadata,
+  }
+  ts.open(spec, create=True, delete_existing=True).result()
+
+
+def _open(path: Path) -> ts.TensorStore:
+  spec = {
+    "driver": "zarr3",
+    "kvstore": {"driver": "file", "path": str(path.absolute())},
+  }
+  return ts.open(spec, open=True).result()
+
+
+def _check_there(shard: Shard, name: str) -> None:
+  """Of a file that is gone zarr reads zeros."""
+  file = shard.part.path / name / "c" / str(shard.number) / "0"
+  if not file.exists():
+    raise FileNotFoundError(f"there is no {file}")
+
+
+def _record(part: Part, number: int) -> Path:
+  return part.path / "shards" / f"{number:06d}.json"
+
+
+def _write(path: Path, value: Any) -> None:
+  with parts_lib.replacing(path) as file:
+    file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,236 @@
+"""What the rows of a store say of the curvature, and its inverse.
+
+    F_m = (1 / N) Σ_n f_nm f_nmᵀ
+
+is the empirical Fisher matrix of module m along its directions: second moments,
+not centred (Choe et al. 2024, §3.1, whose damping is a tenth of the mean
+eigenvalue of each module). The sums over a store are kept beside it.
+
+Notation: N rows, modules m of D coordinates, Q queries; spans as in
+`tda.store.layout`.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tda import parts, records
+from tda.inverse import hyperpower, whitening
+from tda.inverse.iterative import Status
+from tda.store import disk, layout
+from tda.store.disk import Store
+from tda.store.layout import Encoded, Span
+
+Array = jax.Array
+Matrices: TypeAlias = Mapping[str, Array]
+"""By span [m, D, D]."""
+
+LARGEST = 2**33
+"""Bytes of all matrices together above which they are refused."""
+
+
+def fisher(store: Store) -> dict[str, np.ndarray]:
+  """F of every span [m, D, D], float32; read if it was computed before.
+
+  Raises:
+    ValueError: matrices of more than 8 GiB.
+  """
+  _check_size(store.layout)
+
+  def compute():
+    sums = {
+      span.name: jnp.zeros((span.modules, span.size, span.size))
+      for span in store.layout
+    }
+    for block in disk.blocks(store):
+      sums = jax.block_until_ready(_added(sums, block.rows, store.layout))
+    return {k: np.asarray(x / store.rows) for k, x in sums.items()}
+
+  return _kept(store, "fisher", compute)
+
+
+def joint(store: Store) -> np.ndarray:
+  """F of all modules together [1, F, F].
+
+  Raises:
+    ValueError: a matrix of more than 8 GiB.
+  """
+  width = layout.width(store.layout)
+  one = (Span("all", 0, (), 1, 1, width),)
+  _check_size(one)
+
+  def compute():
+    sums = {"all": jnp.zeros((1, width, width))}
+    for block in disk.blocks(store):
+      decoded = Encoded(_decoded(block.rows, store.layout), None)
+      sums = jax.block_until_ready(_added(sums, decoded, one))
+    return {"all": np.asarray(sums["all"] / store.rows)}
+
+  return _kept(store, "joint", compute)["all"]
+
+
+def squares(store: Store) -> dict[str, np.ndarray]:
+  """The diagonals of F [m, D], which need no matrices."""
+
+  def compute():
+    total = np.zeros(layout.width(store.layout), np.float64)
+    for block in disk.blocks(store):
+      total += _squared(block.rows, store.layout)
+    row = total.astype(np.float32) / store.rows
+    return {s.name: layout.by_module(row, s) for s in store.layout}
+
+  return _kept(store, "squares", compute)
+
+
+def inverted(
+  matrices: Mapping[str, np.ndarray], damping: float, how: str = "eigen"
+) -> dict[str, np.ndarray]:
+  """(F + λ)⁻¹ of every module, λ relative to its mean eigenvalue.
+
+  Args:
+    matrices: [m, D, D] by span, or their diagonals [m, D].
+    damping: relative; positive, since F is singular with fewer rows than D.
+    how: "eigen", in float64 on the host, or "hyperpower", by products on the
+      device. Diagonals need neither.
+
+  Raises:
+    ValueError: an unknown `how`, a damping that is not positive, or an
+      iteration that did not converge.
+  """
+  if not 0 < damping < np.inf:
+    raise ValueError(f"damping={damping}: it is positive, relative to F's mean")
+  if how not in ("eigen", "hyperpower"):
+    raise ValueError(f"inverse {how!r}: choose of 'eigen' and 'hyperpower'")
+  found = {}
+  for name, x in matrices.items():
+    if x.ndim == 2:
+      level = x + damping * x.mean(axis=1, keepdims=True)
+      found[name] = np.divide(1, level, out=np.zeros_like(x), where=level > 0)
+    elif how == "eigen":
+      root = whitening.inverse_root(x.astype(np.float64), damping)
+      found[name] = (root @ root.swapaxes(1, 2)).astype(np.float32)
+    else:
+      found[name] = _by_products(name, x, damping)
+  return found
+
+
+def applied(
+  inverse: Mapping[str, np.ndarray], rows: np.ndarray, spans: Sequence[Span]
+) -> np.ndarray:
+  """Rows [Q, F] times a matrix or diagonal of each module."""
+  parts_QxF = []
+  for span in spans:
+    own, x = layout.by_module(rows, span), inverse[span.name]
+    spec = "qmd,md->qmd" if x.ndim == 2 else "qmd,mde->qme"
+    parts_QxF.append(np.einsum(spec, own, x, optimize=True))
+  return np.concatenate([x.reshape(len(rows), -1) for x in parts_QxF], axis=1)
+
+
+def lengths(
+  store: Store, inverse: Mapping[str, np.ndarray] | None
+) -> np.ndarray:
+  """√(fᵀ (F + λ)⁻¹ f) of every row [N], or its norm without an inverse.
+
+  Kept beside the store, by what the inverse is.
+  """
+  name = "norms"
+  if inverse is not None:
+    name = f"lengths_{records.digest(dict(inverse))[:16]}"
+
+  def compute():
+    found = [
+      np.asarray(_quadratic(block.rows, inverse, store.layout))
+      for block in disk.blocks(store)
+    ]
+    return {"lengths": np.sqrt(np.concatenate(found).clip(0))}
+
+  return _kept(store, name, compute)["lengths"]
+
+
+def _check_size(spans: Sequence[Span]) -> None:
+  size = sum(4 * span.modules * span.size**2 for span in spans)
+  if size > LARGEST:
+    raise ValueError(
+      f"second moments of {size / 2**30:.3g} GiB: {len(spans)} blocks of up to"
+      f" {max(span.size for span in spans)} coordinates are too many for whole"
+      " matrices. Project to fewer, or ask for inverse='diagonal'"
+    )
+
+
+def _kept(store: Store, name: str, compute) -> dict[str, np.ndarray]:
+  """Results of all rows of a store, in a file of theirs."""
+  if not store.complete:
+    raise ValueError(
+      f"{store.path} has {len(store.shards)} of"
+      f" {sum(part.shards for part in store.parts)} shards: build the rest"
+    )
+  which = records.digest([part.digest for part in store.parts])[:16]
+  path = Path(store.path) / "derived" / f"{name}_{which}.npz"
+  if path.exists():
+    with np.load(path) as found:
+      return dict(found)
+  arrays = compute()
+  path.parent.mkdir(exist_ok=True)
+  with parts.replacing(path) as file:
+    np.savez(file, allow_pickle=False, **arrays)
+  return arrays
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _added(sums: Matrices, rows: Encoded, spans: tuple[Span, ...]) -> Matrices:
+  decoded = layout.decode(rows, spans)
+
+  def add(span):
+    own = layout.by_module(decoded, span)
+    products = jnp.einsum("nmd,nme->mde", own, own)
+    return sums[span.name] + products
+
+  return {span.name: add(span) for span in spans}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _decoded(rows: Encoded, spans: tuple[Span, ...]) -> Array:
+  return layout.decode(rows, spans)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _squared(rows: Encoded, spans: tuple[Span, ...]) -> Array:
+  return jnp.square(layout.decode(rows, spans)).sum(axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _quadratic(
+  rows: Encoded, inverse: Matrices | None, spans: tuple[Span, ...]
+) -> Array:
+  decoded = layout.decode(rows, spans)
+  if inverse is None:
+    return jnp.square(decoded).sum(axis=1)
+
+  def one(span):
+    own, x = layout.by_module(decoded, span), inverse[span.name]
+    times = own * x[None] if x.ndim == 2 else jnp.einsum("nmd,mde->nme", own, x)
+    return (times * own).sum(axis=(1, 2))
+
+  return sum(one(span) for span in spans)
+
+
+def _by_products(name: str, x: np.ndarray, damping: float) -> np.ndarray:
+  level = damping * np.trace(x, axis1=1, axis2=2) / x.shape[-1]
+  level = np.where(level > 0, level, 1)
+  damped = x + level[:, None, None] * np.eye(x.shape[-1], dtype=x.dtype)
+  found, info = hyperpower.inverse(
+    jnp.asarray(damped), floor=jnp.asarray(level)
+  )
+  failed = np.flatnonzero(np.asarray(info.status) != Status.CONVERGED)
+  if len(failed):
+    raise ValueError(
+      f"the hyperpower iteration of module {failed[0]} of {name!r} ended with"
+      f" {Status(int(info.status[failed[0]])).name}: ask for inverse='eigen',"
+      " or more damping"
+    )
+  return np.asarray(found)

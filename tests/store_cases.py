@@ -1,0 +1,62 @@
+"""A store of a small model's gradients, for the tests of stores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tda import blocks, gradients, likelihoods, projections, streams
+from tda.attribution import logra
+
+KEY = jax.random.key(5)
+
+
+def outputs(params, example):
+  hidden = jnp.tanh(example["x"] @ params["w"] + params["b"])
+  return hidden @ params["v"]
+
+
+OBJECTIVE = likelihoods.Objective(
+  outputs, likelihoods.categorical(), lambda example: example["y"]
+)
+
+
+def model(seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = {"w": (6, 8), "b": (8,), "v": (8, 4)}
+  draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return {name: draw(shape) for name, shape in shapes.items()}
+
+
+def data(n=23, seed=1):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(n, 6)).astype(np.float32)
+  return {"x": x, "y": rng.integers(0, 4, n).astype(np.int32)}
+
+
+def build(folder, train=None, **options):
+  options = {"key": KEY, "dimension": 5, "per_shard": 4} | options
+  options = {"dtype": "float32", "loop": streams.Loop(8)} | options
+  train = data() if train is None else train
+  return logra.build(folder, OBJECTIVE, model(), train, **options)
+
+
+def ask(store, queries=None, **options):
+  queries = data(3, 9) if queries is None else queries
+  return logra.ask(store, OBJECTIVE, model(), queries, **options)
+
+
+def traced():
+  return blocks.trace(OBJECTIVE.outputs, model(), streams.example(data()))
+
+
+def sides():
+  """The directions that `build` draws."""
+  return projections.two_sided(traced(), KEY, 5)
+
+
+def dense(rows):
+  """Whole gradients of a data set by block [N, G, O, I]."""
+  found = traced()
+  batch = streams.Batch(rows, jnp.arange(len(rows["y"])), None)
+  run = jax.jit(gradients.per_example(found, OBJECTIVE))
+  return run(model(), batch)[0]

@@ -1,0 +1,278 @@
+"""Searches of a store against the same in float64 on whole matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import store_cases
+
+from tda import projections
+from tda.attribution import logra
+from tda.store import disk, fisher, layout, lenses, search
+from tda.store.lenses import METHODS
+from tda.store.search import Lens
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+  store = store_cases.build(tmp_path_factory.mktemp("store") / "s")
+  rows = np.concatenate([np.array(b.rows.values) for b in disk.blocks(store)])
+  return store, rows.astype(np.float64), store_cases.ask(store)
+
+
+def blocks_of(store, rows):
+  return [np.asarray(layout.by_module(rows, span)) for span in store.layout]
+
+
+def fisher_of(store, rows):
+  return [
+    np.einsum("nmd,nme->mde", x, x) / len(x) for x in blocks_of(store, rows)
+  ]
+
+
+def damped(matrix, damping=0.1):
+  size = matrix.shape[-1]
+  return np.linalg.inv(
+    matrix + damping * np.trace(matrix) / size * np.eye(size)
+  )
+
+
+def products(store, second, left, right):
+  """leftᵀ (F + λ)⁻¹ right over all modules [N, Q]."""
+  total = 0.0
+  pairs = zip(
+    second, blocks_of(store, left), blocks_of(store, right), strict=True
+  )
+  for matrices, x, y in pairs:
+    for m in range(len(matrices)):
+      total = total + x[:, m] @ damped(matrices[m]) @ y[:, m].T
+  return total
+
+
+def expected(store, rows, asked, method):
+  """Scores [N, Q] by the definitions."""
+  asked, n = asked.astype(np.float64), len(rows)
+  norm = lambda x: np.linalg.norm(x, axis=1)
+  if method == "dot":
+    return rows @ asked.T / n
+  if method == "cosine":
+    return rows @ asked.T / np.multiply.outer(norm(rows), norm(asked))
+  if method == "trak":
+    return rows @ damped(rows.T @ rows / n) @ asked.T / n
+  second = fisher_of(store, rows)
+  if method == "trackstar":
+    theirs = fisher_of(store, asked)
+    second = [0.3 * y + 0.7 * x for x, y in zip(second, theirs, strict=True)]
+  both = products(store, second, rows, asked)
+  if method == "logra":
+    return both / n
+  own = np.sqrt(np.diag(products(store, second, rows, rows)))
+  if method == "relatif":
+    return both / own[:, None]
+  theirs = np.sqrt(np.diag(products(store, second, asked, asked)))
+  return both / np.multiply.outer(own, theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_are_what_they_are_defined_to_be(stored, method):
+  store, rows, asked = stored
+  lens = lenses.lens(store, asked, method, mixing=0.3)
+  got = search.scores(lens)
+  want = expected(store, rows, asked, method)
+  np.testing.assert_allclose(
+    got, want, rtol=2e-4, atol=2e-5 * np.abs(want).max()
+  )
+
+
+@pytest.mark.parametrize("method", ["logra", "relatif"])
+def test_inverses_by_products_and_of_diagonals(stored, method):
+  store, rows, asked = stored
+  by = lambda how: search.scores(lenses.lens(store, asked, method, inverse=how))
+  scale = np.abs(by("eigen")).max()
+  np.testing.assert_allclose(by("hyperpower"), by("eigen"), atol=1e-4 * scale)
+  weights = np.square(rows).mean(axis=0)
+  inverse = [
+    1 / (x + 0.1 * x.mean(axis=-1, keepdims=True))
+    for x in blocks_of(store, weights)
+  ]
+  each = np.concatenate([x.ravel() for x in inverse])
+  want = (rows * each) @ asked.T / len(rows)
+  if method == "relatif":
+    want *= len(rows) / np.sqrt((rows**2 * each).sum(axis=1))[:, None]
+  np.testing.assert_allclose(by("diagonal"), want, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_whole_projections_give_the_influence_of_the_empirical_fisher(tmp_path):
+  """K as long as every side: nothing is projected."""
+  store = store_cases.build(tmp_path / "s", dimension=99)
+  train, queries = store_cases.data(), store_cases.data(3, 9)
+  got = search.scores(lenses.lens(store, store_cases.ask(store), "logra"))
+  want, asked = 0.0, store_cases.dense(queries)
+  for name, x in store_cases.dense(train).items():
+    flat = np.asarray(x, np.float64).reshape(len(x), -1)
+    second = damped(flat.T @ flat / len(flat))
+    want = want + flat @ second @ np.asarray(asked[name]).reshape(3, -1).T
+  np.testing.assert_allclose(got, want / len(got), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 4, 23])
+def test_both_ends_are_exact(stored, k):
+  store, _, asked = stored
+  lens = lenses.lens(store, asked)
+  scores = search.scores(lens)
+  found = search.ends(lens, k)
+  first = np.argsort(-scores, axis=0, kind="stable")[:k].T
+  last = np.argsort(scores, axis=0, kind="stable")[:k].T
+  np.testing.assert_array_equal(found.top.rows, first)
+  np.testing.assert_array_equal(found.bottom.rows, last)
+  picked = np.take_along_axis(scores.T, last, axis=1)
+  np.testing.assert_allclose(found.bottom.scores, picked, rtol=1e-6)
+  assert found.top.names[1][0] == str(first[1][0])
+
+
+def test_equal_scores_go_by_row(stored):
+  store, rows, _ = stored
+  zeros = np.zeros((2, rows.shape[1]), np.float32)
+  found = search.ends(Lens(store, zeros), 5)
+  np.testing.assert_array_equal(found.top.rows, [range(5)] * 2)
+  np.testing.assert_array_equal(found.bottom.rows, [range(5)] * 2)
+
+
+def test_candidates_of_a_first_stage(stored):
+  store, _, asked = stored
+  lens = lenses.lens(store, asked)
+  scores = search.scores(lens)
+  among = np.zeros(scores.shape, bool)
+  chosen = [[3, 8, 21], [0, 1, 2], [20, 21, 22]]
+  for q, inside in enumerate(chosen):
+    among[inside, q] = True
+  found = search.ends(lens, 3, among=among).top
+  for q, inside in enumerate(chosen):
+    assert [*found.rows[q]] == sorted(inside, key=lambda i: -scores[i, q])
+  with pytest.raises(ValueError, match="the first 4 of 3 rows"):
+    search.ends(lens, 4, among=among)
+
+
+def test_modules_and_documents_add_up(stored):
+  store, _, asked = stored
+  lens = lenses.lens(store, asked, "relatif")
+  scores = search.scores(lens)
+  parts = search.by_module(lens, [5, 22, 0])
+  assert parts.shape == (3, 3, sum(span.modules for span in store.layout))
+  np.testing.assert_allclose(parts.sum(-1), scores[[5, 22, 0]], rtol=1e-4)
+  names = ["a", "b", "a", *"c" * 20]
+  documents, total = search.by_document(scores, names)
+  assert documents == ["a", "b", "c"]
+  np.testing.assert_allclose(total[0], scores[0] + scores[2])
+  np.testing.assert_allclose(total.sum(0), scores.sum(0), rtol=1e-5)
+
+
+def test_stores_of_several_models_are_added(stored, tmp_path):
+  store, _, asked = stored
+  other = store_cases.build(tmp_path / "t", key=jax.random.key(8))
+  pair = [Lens(store, asked), Lens(other, 2 * store_cases.ask(other))]
+  want = sum(search.scores(lens) for lens in pair)
+  np.testing.assert_allclose(search.scores(pair), want, rtol=1e-5, atol=1e-5)
+  first = np.argsort(-want, axis=0)[:4].T
+  np.testing.assert_array_equal(search.ends(pair, 4).top.rows, first)
+  less = store_cases.build(tmp_path / "u", store_cases.data(22))
+  with pytest.raises(ValueError, match="the same rows"):
+    search.scores([pair[0], Lens(less, asked)])
+
+
+def test_neighbours_and_outliers(stored):
+  store, rows, _ = stored
+  near = search.ends(lenses.neighbours(store, [4, 9]), 1).top
+  np.testing.assert_array_equal(near.rows[:, 0], [4, 9])
+  np.testing.assert_allclose(near.scores, 1, rtol=1e-5)
+  want = np.diag(products(store, fisher_of(store, rows), rows, rows)) / len(
+    rows
+  )
+  np.testing.assert_allclose(lenses.own(store), want, rtol=1e-4)
+
+
+def test_what_was_summed_is_kept_until_rows_are_added(tmp_path, monkeypatch):
+  store = store_cases.build(tmp_path / "s")
+  first = fisher.fisher(store)
+  with monkeypatch.context() as patched:
+    patched.setattr(disk, "blocks", None)  # reading would fail
+    again = fisher.fisher(store)
+  for name, x in first.items():
+    np.testing.assert_array_equal(x, again[name])
+  more = store_cases.build(
+    tmp_path / "s", store_cases.data(9, seed=2), append=True
+  )
+  other = fisher.fisher(more)
+  assert any(np.abs(other[k] - x).max() > 0 for k, x in first.items())
+
+
+def test_damage_is_named_or_passed_over(tmp_path):
+  store = store_cases.build(tmp_path / "s")
+  lens = lenses.lens(store, store_cases.ask(store))
+  scores = search.scores(lens)
+  (tmp_path / "s/parts/000/rows/c/1/0").unlink()
+  with pytest.raises(ValueError, match="rows 4 to 7, shard 1 of"):
+    search.ends(lens, 3)
+  found = search.ends(lens, 19, damaged=True)
+  assert len(found.lost) == 1 and not set(range(4, 8)) & {*found.top.rows[0]}
+  left = np.delete(np.arange(23), range(4, 8))
+  want = left[np.argsort(-scores[left, 0], kind="stable")]
+  np.testing.assert_array_equal(found.top.rows[0], want)
+
+
+def test_a_store_that_is_not_whole_is_not_searched(tmp_path):
+  store_cases.build(tmp_path / "s")
+  (tmp_path / "s/parts/000/shards/000003.json").unlink()
+  store = disk.opened(tmp_path / "s")
+  asked = store_cases.ask(store)
+  for look in (
+    lambda: search.ends(Lens(store, asked), 2),
+    lambda: lenses.own(store),
+  ):
+    with pytest.raises(ValueError, match="has 5 of 6 shards: build the rest"):
+      look()
+
+
+def test_what_cannot_be_asked_is_refused(stored):
+  store, _, asked = stored
+  with pytest.raises(ValueError, match="the first 24 of 23 rows"):
+    search.ends(Lens(store, asked), 24)
+  with pytest.raises(ValueError, match=r"queries \(3, 7\) of a store of"):
+    lenses.lens(store, asked[:, :7])
+  with pytest.raises(ValueError, match="unknown method 'ekfac'"):
+    lenses.lens(store, asked, "ekfac")
+  with pytest.raises(ValueError, match="damping=0"):
+    lenses.lens(store, asked, damping=0)
+  with pytest.raises(ValueError, match="inverse 'qr'"):
+    lenses.lens(store, asked, inverse="qr")
+  with pytest.raises(ValueError, match="query 1 is not finite"):
+    search.scores(Lens(store, np.where([[0], [1], [0]], np.nan, asked)))
+  with pytest.raises(ValueError, match="3 weights of the 23 rows"):
+    search.scores(Lens(store, asked, np.ones(3)))
+  with pytest.raises(ValueError, match="is of another model"):
+    logra.ask(
+      store, store_cases.OBJECTIVE, store_cases.model(1), store_cases.data()
+    )
+
+
+def test_queries_by_any_measurement(stored):
+  store, _, asked = stored
+  loss = store_cases.OBJECTIVE.loss
+  double = store_cases.ask(store, measurement=lambda p, q: 2 * loss(p, q))
+  np.testing.assert_allclose(double, 2 * asked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("draw", [projections.two_sided, projections.sparse])
+def test_random_directions_keep_products_on_average(draw):
+  found, grads = store_cases.traced(), store_cases.dense(store_cases.data(2))
+  a, b = grads["w"][:, 0]
+  want = float((a * b).sum())
+
+  def one(key):
+    left, right = draw(found, key, 3)["w"][::-1]
+    seen = lambda x: left[0].T @ x @ right[0]
+    return (seen(a) * seen(b)).sum()
+
+  got = np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), 4000)))
+  error = got.std() / np.sqrt(len(got))
+  assert abs(got.mean() - want) < 4 * error < 0.3 * jnp.linalg.norm(a) ** 2
