@@ -6,8 +6,11 @@ import numpy as np
 
 from tda import blocks, gradients, likelihoods, projections, streams
 from tda.attribution import logra
+from tda.store import disk, layout
 
-KEY = jax.random.key(5)
+
+def key():
+  return jax.random.key(5)
 
 
 def outputs(params, example):
@@ -34,10 +37,19 @@ def data(n=23, seed=1):
 
 
 def build(folder, train=None, **options):
-  options = {"key": KEY, "dimension": 5, "per_shard": 4} | options
+  options = {"key": key(), "dimension": 5, "per_shard": 4} | options
   options = {"dtype": "float32", "loop": streams.Loop(8)} | options
   train = data() if train is None else train
   return logra.build(folder, OBJECTIVE, model(), train, **options)
+
+
+def rows(store):
+  """All of a store [N, F], float32."""
+  found = [
+    np.array(layout.decode(block.rows, store.layout))
+    for block in disk.blocks(store)
+  ]
+  return np.concatenate(found)
 
 
 def ask(store, queries=None, **options):
@@ -51,7 +63,7 @@ def traced():
 
 def sides():
   """The directions that `build` draws."""
-  return projections.two_sided(traced(), KEY, 5)
+  return projections.two_sided(traced(), key(), 5)
 
 
 def dense(rows):

@@ -11,6 +11,7 @@ import conformance
 import jax
 import numpy as np
 import pytest
+import store_cases
 import test_solvers
 import tiny
 from conformance import Variation
@@ -73,6 +74,13 @@ def together(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
   return conformance.run(Variation(methods=METHODS))
+
+
+def test_each_process_writes_its_part_of_a_store(together, tmp_path):
+  want = store_cases.rows(store_cases.build(tmp_path / "s"))
+  for found in together:
+    np.testing.assert_allclose(found["stored"], want, rtol=1e-5, atol=1e-6)
+  assert [[*found["shards"]] for found in together] == [[0, 2, 4], [1, 3, 5]]
 
 
 @pytest.mark.parametrize("method", METHODS)

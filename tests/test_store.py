@@ -14,14 +14,6 @@ from tda import meshes, streams
 from tda.store import disk, layout, writing
 
 
-def rows_of(store):
-  found = [
-    np.array(layout.decode(block.rows, store.layout))
-    for block in disk.blocks(store)
-  ]
-  return np.concatenate(found)
-
-
 def features(rows):
   """What the store should hold: gradients along its directions."""
   grads, flat = store_cases.dense(rows), []
@@ -39,7 +31,7 @@ def test_rows_are_projected_gradients(tmp_path):
   store = store_cases.build(tmp_path / "s")
   assert store.rows == 23 and len(store.shards) == 6 and store.complete
   np.testing.assert_allclose(
-    rows_of(store), features(store_cases.data()), rtol=1e-5, atol=1e-6
+    store_cases.rows(store), features(store_cases.data()), rtol=1e-5, atol=1e-6
   )
 
 
@@ -49,7 +41,7 @@ def test_rows_are_projected_gradients(tmp_path):
 def test_narrow_types_round(tmp_path, dtype, error):
   exact = features(store_cases.data())
   store = store_cases.build(tmp_path / "s", dtype=dtype)
-  got = rows_of(store)
+  got = store_cases.rows(store)
   for span in store.layout:
     want, mine = (np.asarray(layout.by_module(x, span)) for x in (exact, got))
     unit = (
@@ -73,15 +65,17 @@ def test_any_zarr_reader_opens_it(tmp_path):
 
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_devices_and_batches_do_not_matter(tmp_path, mesh):
-  want = rows_of(store_cases.build(tmp_path / "one"))
+  want = store_cases.rows(store_cases.build(tmp_path / "one"))
   loop = streams.Loop(16, mesh=meshes.mesh(*mesh), microbatch=8)
   store = store_cases.build(tmp_path / "many", loop=loop)
   assert store.about == disk.opened(tmp_path / "one").about
-  np.testing.assert_allclose(rows_of(store), want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    store_cases.rows(store), want, rtol=1e-5, atol=1e-6
+  )
 
 
 def test_a_stopped_build_goes_on_elsewhere(tmp_path, monkeypatch):
-  want = rows_of(store_cases.build(tmp_path / "whole"))
+  want = store_cases.rows(store_cases.build(tmp_path / "whole"))
   finish, done = disk.finish, []
 
   def stopping(part, number, rows, names):
@@ -106,7 +100,9 @@ def test_a_stopped_build_goes_on_elsewhere(tmp_path, monkeypatch):
   store = store_cases.build(tmp_path / "s", loop=loop)
   positions = np.concatenate([batch.positions for batch in seen])
   assert positions.min() == 8  # the first two shards of four are not seen again
-  np.testing.assert_allclose(rows_of(store), want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    store_cases.rows(store), want, rtol=1e-5, atol=1e-6
+  )
   seen.clear()
   store_cases.build(tmp_path / "s")
   assert not seen
@@ -127,7 +123,9 @@ def test_later_data_are_added_and_nothing_is_written_twice(tmp_path):
   assert all(path.stat().st_mtime_ns == at for path, at in files.items())
   assert store.rows == 32 and store.names[22:24] == ("a22", "b0")
   both = np.concatenate([features(first), features(second)])
-  np.testing.assert_allclose(rows_of(store), both, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    store_cases.rows(store), both, rtol=1e-5, atol=1e-6
+  )
   np.testing.assert_allclose(
     disk.take(store, [31, 0, 22]).values,
     both[[31, 0, 22]],
@@ -140,13 +138,13 @@ def test_later_data_are_added_and_nothing_is_written_twice(tmp_path):
 
 def test_a_damaged_shard_is_named(tmp_path):
   store = store_cases.build(tmp_path / "s")
-  whole = rows_of(store)
+  whole = store_cases.rows(store)
   path = tmp_path / "s/parts/000/rows/c/2/0"
   content = bytearray(path.read_bytes())
   content[40] ^= 1
   path.write_bytes(content)
   with pytest.raises(ValueError, match=r"rows 8 to 11, shard 2 of .*damaged"):
-    rows_of(store)
+    store_cases.rows(store)
   lost = []
   kept = [np.array(b.rows.values) for b in disk.blocks(store, lost=lost)]
   np.testing.assert_array_equal(
@@ -155,7 +153,7 @@ def test_a_damaged_shard_is_named(tmp_path):
   assert len(lost) == 1 and "shard 2" in lost[0]
   path.unlink()  # what is not there reads as zeros in zarr, and not here
   with pytest.raises(ValueError, match="shard 2"):
-    rows_of(store)
+    store_cases.rows(store)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

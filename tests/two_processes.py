@@ -10,6 +10,7 @@ import conftest  # noqa: F401  the settings of every test
 import jax
 import jax.numpy as jnp
 import numpy as np
+import store_cases
 import test_solvers
 import tiny
 from conformance import Variation
@@ -17,6 +18,7 @@ from test_streams import dataset, summed
 
 from tda import meshes, streams
 from tda.inverse import spectral
+from tda.store import disk
 from tda.streams import Loop
 
 METHODS = ("gradient_cosine", "ekfac")
@@ -34,6 +36,7 @@ def main(port: str, process: str, folder: str) -> None:
   loop = Loop(8, mesh=meshes.mesh(4, 2))
   total = resumed_sum(loop._replace(directory=f"{folder}/sum", save_every=0))
   scores = conformance.run(Variation(methods=METHODS, loop=loop))
+  scores["stored"], scores["shards"] = stored(f"{folder}/store", loop)
   with jax.enable_x64(True):
     scores["cg"] = test_solvers.attribute(["cg"], DAMPING, loop=loop)[
       "cg"
@@ -41,6 +44,16 @@ def main(port: str, process: str, folder: str) -> None:
     derivative = tiny.replayed(meshes.mesh(4, 2))
     scores["unrolled"] = derivative.weights[0]
   np.savez(f"{folder}/scores_{process}.npz", total=total, **scores)
+
+
+def stored(folder: str, loop: Loop) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of a store, and the shards that this process wrote."""
+  written, write = [], disk.write
+  disk.write = lambda part, number, name, values: (
+    written.append(number) or write(part, number, name, values)
+  )
+  store = store_cases.build(folder, loop=loop)
+  return store_cases.rows(store), np.array(written)
 
 
 def resumed_sum(loop: Loop) -> np.ndarray:
