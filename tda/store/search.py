@@ -4,8 +4,9 @@ A lens says what a query's score of a row f is: ⟨d, f⟩ with a direction d of
 query, times a weight of the row if there are any. Scores of several stores of
 the same rows, as of several checkpoints or models, are added.
 
-A search is exact. It holds a few blocks of 16 MiB and 2 k rows for each query,
-reads ahead while it multiplies, and sums in float32. Equal scores go by row.
+A search is exact. It holds a few blocks of 16 MiB and 2 k numbers for each
+query, reads ahead while it multiplies, and sums in float32. Equal scores go by
+row.
 
 Notation: N rows, Q queries, F columns, M modules, n rows of a block.
 """
@@ -24,8 +25,10 @@ from tda.store.disk import Store
 from tda.store.layout import Encoded, Span
 
 Array = jax.Array
-TILE = 256
-"""Rows decoded at a time, so that they stay in a cache."""
+TILE = 2**21
+"""Bytes, about, that a CPU multiplies at a time, decoded within its caches."""
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Lens(NamedTuple):
@@ -52,11 +55,11 @@ class Ends(NamedTuple):
   lost: list[str]
 
 
-class State(NamedTuple):
-  """The k best so far of each query, of scores and of their negatives."""
+class Best(NamedTuple):
+  """The k best so far of each query, best first."""
 
-  scores: Array  # [2, Q, k]
-  rows: Array  # [2, Q, k], -1 for none
+  scores: np.ndarray  # [Q, k], −∞ for none
+  rows: np.ndarray  # [Q, k], -1 for none
 
 
 def ends(
@@ -89,20 +92,20 @@ def ends(
     raise ValueError(
       f"candidates {among.shape} of {store.rows} rows and {queries} queries"
     )
-  state = State(
-    jnp.full((2, queries, k), -jnp.inf), jnp.full((2, queries, k), -1)
+  top, bottom = (
+    Best(
+      np.full((queries, k), -np.inf, np.float32),
+      np.full((queries, k), -1, np.int64),
+    )
+    for _ in range(2)
   )
   lost: list[str] | None = [] if damaged else None
-  for first, blocks in _blocks(lenses, lost, label):
-    inside = slice(first, first + len(blocks[0].values))
-    mask = None if among is None else jnp.asarray(among[inside].T)
-    scores = _scored(lenses, blocks, inside)
-    state = jax.block_until_ready(_merged(state, scores, mask, first))
-  high, low = (np.asarray(x) for x in state.scores)
-  first_rows, last_rows = (np.asarray(x) for x in state.rows)
-  return Ends(
-    _found(store, high, first_rows), _found(store, -low, last_rows), lost or []
-  )
+  for inside, scores in _scores(lenses, lost, label):
+    outside = None if among is None else ~among[inside].T
+    _merge(top, scores, outside, inside.start)
+    _merge(bottom, -scores, outside, inside.start)
+  bottom = Best(-bottom.scores, bottom.rows)
+  return Ends(_found(store, top), _found(store, bottom), lost or [])
 
 
 def scores(
@@ -110,12 +113,7 @@ def scores(
 ) -> np.ndarray:
   """All scores [N, Q], held on the host."""
   lenses = _checked(lenses)
-  found = [
-    np.asarray(
-      _scored(lenses, blocks, slice(first, first + len(blocks[0].values)))
-    ).T
-    for first, blocks in _blocks(lenses, None, label)
-  ]
+  found = [scores.T for _, scores in _scores(lenses, None, label)]
   return np.concatenate(found)
 
 
@@ -142,10 +140,10 @@ def by_document(
   return list(documents), total
 
 
-def _found(store: Store, scores: np.ndarray, rows: np.ndarray) -> Found:
+def _found(store: Store, best: Best) -> Found:
   names = store.names
-  said = [[names[i] if i >= 0 else "" for i in row] for row in rows]
-  return Found(scores, rows, said)
+  said = [[names[i] if i >= 0 else "" for i in row] for row in best.rows]
+  return Found(best.scores, best.rows, said)
 
 
 def _checked(lenses: Lens | Sequence[Lens]) -> list[Lens]:
@@ -185,10 +183,10 @@ def _checked(lenses: Lens | Sequence[Lens]) -> list[Lens]:
   return lenses
 
 
-def _blocks(
+def _scores(
   lenses: Sequence[Lens], lost: list[str] | None, label: str | None
-) -> Iterator[tuple[int, list[Encoded]]]:
-  """The same rows of every store, with the first one's number."""
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Rows, and their scores [Q, n], block by block."""
   total = lenses[0].store.rows
   if len(lenses) == 1:
     streams = [disk.blocks(lenses[0].store, lost=lost)]
@@ -197,74 +195,59 @@ def _blocks(
     rows = max(1, disk.READ // size)
     streams = [disk.blocks(lens.store, rows=rows) for lens in lenses]
   with tqdm.tqdm(total=total, desc=label, unit="row", disable=not label) as bar:
-    for together in zip(*streams, strict=True):
-      yield together[0].first, [block.rows for block in together]
-      bar.update(len(together[0].rows.values))
+    for blocks in zip(*streams, strict=True):
+      count = len(blocks[0].rows.values)
+      inside = slice(blocks[0].first, blocks[0].first + count)
+      pairs = zip(lenses, blocks, strict=True)
+      yield inside, sum(_scored(x, block.rows, inside) for x, block in pairs)
+      bar.update(count)
 
 
 def _row_bytes(store: Store) -> int:
   return layout.width(store.layout) * jnp.dtype(store.dtype).itemsize
 
 
-def _scored(
-  lenses: Sequence[Lens], blocks: Sequence[Encoded], inside: slice
-) -> Array:
+def _scored(lens: Lens, rows: Encoded, inside: slice) -> np.ndarray:
   """Scores [Q, n] of a block."""
-  total: Array | None = None
-  for lens, rows in zip(lenses, blocks, strict=True):
-    weights = None if lens.weights is None else lens.weights[inside]
-    one = _products(rows, lens.directions, weights, lens.store.layout)
-    total = one if total is None else total + one
-  assert total is not None
-  return total
+  store, count = lens.store, len(rows.values)
+  size = count
+  if jax.default_backend() == "cpu":
+    size = max(1, TILE // _row_bytes(store))
+  tile = lambda i: jax.tree.map(lambda x: x[i : i + size], rows)
+  parts = [
+    _products(tile(i), lens.directions, store.layout)
+    for i in range(0, count, size)
+  ]
+  # Nothing still reads the block when it is filled again.
+  scores = np.concatenate([np.asarray(x) for x in parts], axis=1)
+  return scores if lens.weights is None else scores * lens.weights[inside]
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=2)
 def _products(
-  rows: Encoded,
-  directions: Array,
-  weights: Array | None,
-  spans: tuple[Span, ...],
+  rows: Encoded, directions: Array, spans: tuple[Span, ...]
 ) -> Array:
-  """⟨d, f⟩ times the weights of rows, [Q, n]."""
-  count = len(rows.values)
-  highest = jax.lax.Precision.HIGHEST
-
-  def some(tile):
-    decoded = layout.decode(tile, spans)
-    return jnp.matmul(decoded, directions.T, precision=highest)
-
-  whole = count // TILE * TILE
-  cut = lambda x: x[:whole].reshape(-1, TILE, *x.shape[1:])
-  parts = []
-  if whole:
-    tiles = jax.lax.map(some, jax.tree.map(cut, rows))
-    parts.append(tiles.reshape(whole, -1))
-  if whole < count:
-    parts.append(some(jax.tree.map(lambda x: x[whole:], rows)))
-  scores = jnp.concatenate(parts).T
-  return scores if weights is None else scores * weights[None]
+  """⟨d, f⟩ [Q, n]."""
+  decoded = layout.decode(rows, spans)
+  return jnp.matmul(decoded, directions.T, precision=_HIGHEST).T
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _merged(
-  state: State, scores: Array, mask: Array | None, first: Array | int
-) -> State:
-  """The best of the state and of a block's scores [Q, n]."""
-  k = state.scores.shape[-1]
+def _merge(
+  best: Best, scores: np.ndarray, outside: np.ndarray | None, first: int
+) -> None:
+  """Puts those of a block's scores [Q, n] that are better in their places.
 
-  def one(best, rows, scores):
-    if mask is not None:
-      scores = jnp.where(mask, scores, -jnp.inf)
-    values, places = jax.lax.top_k(scores, min(k, scores.shape[-1]))
-    values = jnp.concatenate([best, values], axis=-1)
-    rows = jnp.concatenate([rows, first + places], axis=-1)
-    values, kept = jax.lax.top_k(values, k)
-    return values, jnp.take_along_axis(rows, kept, axis=-1)
-
-  top = one(state.scores[0], state.rows[0], scores)
-  bottom = one(state.scores[1], state.rows[1], -scores)
-  return State(*(jnp.stack(x) for x in zip(top, bottom, strict=True)))
+  Later rows enter only with more, so that equal ones go by row.
+  """
+  if outside is not None:
+    scores = np.where(outside, -np.inf, scores)
+  better = scores > best.scores[:, -1:]
+  for q in np.flatnonzero(better.any(axis=1)):
+    places = np.flatnonzero(better[q])
+    both = np.concatenate([best.scores[q], scores[q, places]])
+    rows = np.concatenate([best.rows[q], first + places])
+    kept = np.argsort(-both, kind="stable")[: len(best.rows[q])]
+    best.scores[q], best.rows[q] = both[kept], rows[kept]
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -272,13 +255,12 @@ def _by_module(
   rows: Encoded, directions: Array, spans: tuple[Span, ...]
 ) -> Array:
   decoded = layout.decode(rows, spans)
-  highest = jax.lax.Precision.HIGHEST
   parts = [
     jnp.einsum(
       "nmd,qmd->nqm",
       layout.by_module(decoded, span),
       layout.by_module(directions, span),
-      precision=highest,
+      precision=_HIGHEST,
     )
     for span in spans
   ]
