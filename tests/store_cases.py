@@ -36,11 +36,18 @@ def data(n=23, seed=1):
   return {"x": x, "y": rng.integers(0, 4, n).astype(np.int32)}
 
 
-def build(folder, train=None, **options):
-  options = {"key": key(), "dimension": 5, "per_shard": 4} | options
-  options = {"dtype": "float32", "loop": streams.Loop(8)} | options
-  train = data() if train is None else train
-  return logra.build(folder, OBJECTIVE, model(), train, **options)
+def logger(**options):
+  options = {"key": key(), "dimension": 5} | options
+  return logra.logger(OBJECTIVE, model(), data(), **options)
+
+
+def build(folder, train=None, *, log=None, **options):
+  log = log or logger()
+  options = {"dtype": "float32", "per_shard": 4} | options
+  options = {"loop": streams.Loop(8)} | options
+  return log.build(
+    folder, model(), data() if train is None else train, **options
+  )
 
 
 def rows(store):
@@ -52,9 +59,9 @@ def rows(store):
   return np.concatenate(found)
 
 
-def ask(store, queries=None, **options):
-  queries = data(3, 9) if queries is None else queries
-  return logra.ask(store, OBJECTIVE, model(), queries, **options)
+def ask(queries=None, *, log=None, **options):
+  log = log or logger()
+  return log.ask(model(), data(3, 9) if queries is None else queries, **options)
 
 
 def traced():

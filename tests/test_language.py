@@ -266,24 +266,29 @@ def test_completions_of_token_ids_are_those_of_the_text():
 def test_a_store_has_a_row_for_each_piece_of_a_document(tmp_path):
   """What it holds of packed rows is what it holds of documents alone."""
   aim, params, documents, rows, queries, _ = model()
-  options = {"dimension": 4, "select": decoder.SITES["mlp"], "dtype": "float32"}
   names = [f"document {i}" for i in range(len(documents))]
 
-  def scored(folder, train, shares):
-    key = jax.random.key(0)
-    store = logra.build(
-      tmp_path / folder, aim, params, train, key=key, shares=shares, **options
+  def scored(folder, train, shares, names):
+    log = logra.logger(
+      aim,
+      params,
+      train,
+      key=jax.random.key(0),
+      dimension=4,
+      select=decoder.SITES["mlp"],
+      shares=shares,
     )
-    asked = logra.ask(store, aim, params, queries)
-    return store, search.scores(lenses.lens(store, asked, "dot"))
+    options = {"dtype": "float32", "names": names, "per_shard": 2}
+    store = log.build(tmp_path / folder, params, train, **options)
+    lens = lenses.lens(store, log.ask(params, queries), "dot")
+    return store, search.scores(lens)
 
-  options |= {"names": names, "per_shard": 2}
-  store, scores = scored("packed", rows, "segments")
+  store, scores = scored("packed", rows, "segments", names)
   assert store.rows == len(documents) + 1 > len(rows["x"])
   found, total = search.by_document(scores * store.rows, store.names)
   single, owners = alone(documents), [0, 1, 2, 3, 3, 4, 5]
-  options |= {"names": [names[i] for i in owners]}
-  apart, each = scored("alone", single, "rows")
+  repeated = [names[i] for i in owners]
+  apart, each = scored("alone", single, "rows", repeated)
   wanted, want = search.by_document(each * apart.rows, apart.names)
   order = [found.index(name) for name in wanted]
   close(total[order], want, atol=1e-4 * np.abs(want).max())

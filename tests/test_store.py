@@ -159,7 +159,9 @@ def test_a_damaged_shard_is_named(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
   store_cases.build(tmp_path / "s")
   with pytest.raises(ValueError, match="another projection"):
-    store_cases.build(tmp_path / "s", key=jax.random.key(6))
+    store_cases.build(
+      tmp_path / "s", log=store_cases.logger(key=jax.random.key(6))
+    )
   with pytest.raises(ValueError, match="of float32 of other blocks"):
     store_cases.build(tmp_path / "s", dtype="int8")
   with pytest.raises(ValueError, match="unknown dtype 'int4'"):
@@ -167,7 +169,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
   with pytest.raises(ValueError, match="2 names of 23 rows"):
     store_cases.build(tmp_path / "t", names=["a", "b"])
   with pytest.raises(ValueError, match="need a key"):
-    store_cases.build(tmp_path / "t", key=None)
+    store_cases.logger(key=None)
   with pytest.raises(ValueError, match="0 examples in a shard"):
     store_cases.build(tmp_path / "t", per_shard=0)
   with pytest.raises(ValueError, match=r"no gradient store in .*nowhere"):

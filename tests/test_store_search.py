@@ -17,7 +17,7 @@ from tda.store.search import Lens
 def stored(tmp_path_factory):
   store = store_cases.build(tmp_path_factory.mktemp("store") / "s")
   rows = np.concatenate([np.array(b.rows.values) for b in disk.blocks(store)])
-  return store, rows.astype(np.float64), store_cases.ask(store)
+  return store, rows.astype(np.float64), store_cases.ask()
 
 
 def blocks_of(store, rows):
@@ -104,9 +104,10 @@ def test_inverses_by_products_and_of_diagonals(stored, method):
 
 def test_whole_projections_give_the_influence_of_the_empirical_fisher(tmp_path):
   """K as long as every side: nothing is projected."""
-  store = store_cases.build(tmp_path / "s", dimension=99)
+  log = store_cases.logger(dimension=99)
+  store = store_cases.build(tmp_path / "s", log=log)
   train, queries = store_cases.data(), store_cases.data(3, 9)
-  got = search.scores(lenses.lens(store, store_cases.ask(store), "logra"))
+  got = search.scores(lenses.lens(store, store_cases.ask(log=log), "logra"))
   want, asked = 0.0, store_cases.dense(queries)
   for name, x in store_cases.dense(train).items():
     flat = np.asarray(x, np.float64).reshape(len(x), -1)
@@ -169,8 +170,9 @@ def test_modules_and_documents_add_up(stored):
 
 def test_stores_of_several_models_are_added(stored, tmp_path):
   store, _, asked = stored
-  other = store_cases.build(tmp_path / "t", key=jax.random.key(8))
-  pair = [Lens(store, asked), Lens(other, 2 * store_cases.ask(other))]
+  log = store_cases.logger(key=jax.random.key(8))
+  other = store_cases.build(tmp_path / "t", log=log)
+  pair = [Lens(store, asked), Lens(other, 2 * store_cases.ask(log=log))]
   want = sum(search.scores(lens) for lens in pair)
   np.testing.assert_allclose(search.scores(pair), want, rtol=1e-5, atol=1e-5)
   first = np.argsort(-want, axis=0)[:4].T
@@ -208,7 +210,7 @@ def test_what_was_summed_is_kept_until_rows_are_added(tmp_path, monkeypatch):
 
 def test_damage_is_named_or_passed_over(tmp_path):
   store = store_cases.build(tmp_path / "s")
-  lens = lenses.lens(store, store_cases.ask(store))
+  lens = lenses.lens(store, store_cases.ask())
   scores = search.scores(lens)
   (tmp_path / "s/parts/000/rows/c/1/0").unlink()
   with pytest.raises(ValueError, match="rows 4 to 7, shard 1 of"):
@@ -224,7 +226,7 @@ def test_a_store_that_is_not_whole_is_not_searched(tmp_path):
   store_cases.build(tmp_path / "s")
   (tmp_path / "s/parts/000/shards/000003.json").unlink()
   store = disk.opened(tmp_path / "s")
-  asked = store_cases.ask(store)
+  asked = store_cases.ask()
   for look in (
     lambda: search.ends(Lens(store, asked), 2),
     lambda: lenses.own(store),
@@ -249,16 +251,25 @@ def test_what_cannot_be_asked_is_refused(stored):
     search.scores(Lens(store, np.where([[0], [1], [0]], np.nan, asked)))
   with pytest.raises(ValueError, match="3 weights of the 23 rows"):
     search.scores(Lens(store, asked, np.ones(3)))
+  train, aim = store_cases.data(), store_cases.OBJECTIVE
   with pytest.raises(ValueError, match="is of another model"):
-    logra.ask(
-      store, store_cases.OBJECTIVE, store_cases.model(1), store_cases.data()
-    )
+    logra.reopened(store, aim, store_cases.model(1), train)
+
+
+def test_a_store_is_asked_by_another_program(stored):
+  store, _, asked = stored
+  opened = disk.opened(store.path)
+  queries = store_cases.data(3, 9)
+  log = logra.reopened(
+    opened, store_cases.OBJECTIVE, store_cases.model(), queries
+  )
+  np.testing.assert_array_equal(log.ask(store_cases.model(), queries), asked)
 
 
 def test_queries_by_any_measurement(stored):
-  store, _, asked = stored
+  _, _, asked = stored
   loss = store_cases.OBJECTIVE.loss
-  double = store_cases.ask(store, measurement=lambda p, q: 2 * loss(p, q))
+  double = store_cases.ask(measurement=lambda p, q: 2 * loss(p, q))
   np.testing.assert_allclose(double, 2 * asked, rtol=1e-4, atol=1e-5)
 
 

@@ -1,8 +1,14 @@
 """LoGra: projected gradients of a corpus, stored once and asked many times.
 
-    store = logra.build("store", objective, params, train, key=key)
-    asked = logra.ask(store, objective, params, queries)
+    log = logra.logger(objective, params, train, key=key)
+    store = log.build("store", params, train)
+    asked = log.ask(params, queries)
     found = search.ends(lenses.lens(store, asked, "relatif"), k=10)
+
+and later, in another program,
+
+    store = disk.opened("store")
+    log = logra.reopened(store, objective, params, queries)
 
 Each block's gradient is projected on both sides inside the backward pass (Choe
 et al. 2024), so that logging costs less than a gradient: that of the weights is
@@ -15,10 +21,10 @@ Departure: random entries are signs instead of uniform numbers, of mean square
 Notation: N examples, Q queries, F columns of a row, P parts of a row.
 """
 
-import os
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,46 +42,57 @@ PyTree = Any
 PROJECTION = "projection.npz"
 
 
-def build(
-  folder: str | os.PathLike,
+class Logger(NamedTuple):
+  """What turns examples and queries into rows; calls after the first of a kind
+  compile nothing.
+
+  Attributes:
+    build: (folder, params, train, *, dtype, names, append, per_shard, loop) ->
+      Store. Writes the rows of all examples in one pass that can be stopped;
+      options are those of `writing.build`, but that `names` are of the
+      documents that packed rows hold.
+    ask: (params, queries, *, measurement=None, loop=Loop()) -> float32 [Q, F].
+      The gradients of queries, which look like training examples unless a
+      measurement m(params, query) -> scalar is given.
+    sides: directions by block.
+    layout: of a row.
+  """
+
+  build: Callable[..., Store]
+  ask: Callable[..., np.ndarray]
+  sides: Mapping[str, Sides]
+  layout: tuple[layout.Span, ...]
+
+
+def logger(
   objective: Objective,
   params: PyTree,
-  train: PyTree,
+  data: PyTree,
   *,
   key: jax.Array | None = None,
   dimension: int = 16,
   sides: Mapping[str, Sides] | None = None,
   select: str | Sequence[str] | None = None,
   shares: str = "rows",
-  dtype: str = "bfloat16",
-  names: Sequence[str] | None = None,
-  append: bool = False,
-  per_shard: int | None = None,
-  loop: Loop = Loop(),
-) -> Store:
-  """Writes the projected gradients of all examples; one pass, resumable.
+) -> Logger:
+  """Traces the objective, and draws directions unless they are given.
 
   Args:
-    folder: of the store.
     objective: model and likelihood.
-    params: trained parameters.
-    train: pytree of arrays with leading axis N.
+    params: parameters, or their shapes.
+    data: examples, of which only the shapes matter.
     key: of random directions, if none are given.
     dimension: K, of each side of a block; a shorter side is kept as it is.
     sides: directions by block, as of `projections.principal`.
     select: patterns of the blocks, as in `blocks.trace`.
     shares: "rows", or "segments" with a row for each document of packed rows.
-    dtype: of the store, see `writing.build`, as are the rest.
-    names: of the examples, or of the documents that the rows hold.
-    append: see `writing.build`.
-    per_shard: see `writing.build`.
-    loop: how to run over the data.
 
   Raises:
-    ValueError: neither a key nor directions, shares that the gradients do not
-      have, and what `writing.build` refuses.
+    ValueError: neither a key nor directions, or shares that the gradients do
+      not have; `build` what `writing.build` refuses.
   """
-  found = _traced(objective, params, train, select)
+  example = streams.example(data)
+  found = blocks.trace(objective.outputs, params, example, select=select)
   if sides is None:
     if key is None:
       raise ValueError("random directions need a key; or give `sides`")
@@ -83,76 +100,75 @@ def build(
   if shares == "tokens":
     raise ValueError("a store has rows or segments, not tokens")
   products.check_shares(found, objective, shares)
-  held, count = None, products.parts_of(shares, objective, train)
-  if shares == "segments":
-    owners = language.owner(train, count)
-    held = owners >= 0
-    if names is not None:
-      names = [names[d] for d in owners[held]]
-  about = {
-    **_model(params, select),
-    "projection": records.digest(dict(sides)),
-    "features": f"gradients of {shares}",
-  }
-  spans = layout.spans(found, sides)
-  if jax.process_index() == 0:
-    disk.create(Path(folder), spans, dtype, about)
-    _save(Path(folder) / PROJECTION, sides)
-  meshes.together(f"{folder} projection")
-  return writing.build(
-    folder,
-    spans,
-    _features(found, objective, shares, count),
-    (params, dict(sides)),
-    train,
-    about=about,
-    dtype=dtype,
-    names=names,
-    held=held,
-    append=append,
-    per_shard=per_shard,
-    loop=loop,
-  )
+  given, spans = dict(sides), layout.spans(found, sides)
+  of = functools.cache(functools.partial(_features, found, objective, spans))
+  asker = functools.cache(functools.partial(_measured, found, spans))
+
+  def build(folder, params, train, *, dtype="bfloat16", names=None, **options):
+    held, count = None, products.parts_of(shares, objective, train)
+    if shares == "segments":
+      owners = language.owner(train, count)
+      held = owners >= 0
+      if names is not None:
+        names = [names[d] for d in owners[held]]
+    about = {
+      **_model(params, select),
+      "projection": records.digest(given),
+      "features": f"gradients of {shares}",
+    }
+    if jax.process_index() == 0:
+      disk.create(Path(folder), spans, dtype, about)
+      _save(Path(folder) / PROJECTION, given)
+    meshes.together(f"{folder} projection")
+    return writing.build(
+      folder,
+      spans,
+      of(shares, count),
+      (params, given),
+      train,
+      about=about,
+      dtype=dtype,
+      names=names,
+      held=held,
+      **options,
+    )
+
+  def ask(params, queries, *, measurement=None, loop=Loop()):
+    run = of("rows", 0) if measurement is None else asker(measurement)
+    return streams.each(run, (params, given), queries, loop)
+
+  return Logger(build, ask, given, spans)
 
 
-def ask(
-  store: Store,
-  objective: Objective,
-  params: PyTree,
-  queries: PyTree,
-  *,
-  measurement: Loss | None = None,
-  loop: Loop = Loop(),
-) -> np.ndarray:
-  """Gradients of queries along the store's directions, float32 [Q, F].
+def reopened(
+  store: Store, objective: Objective, params: PyTree, data: PyTree
+) -> Logger:
+  """The logger of a store that is there, to ask it or to add to it.
 
   Args:
-    store: of `build`.
+    store: that a logger built.
     objective: model and likelihood.
     params: those that the store was built with.
-    queries: pytree of arrays with leading axis Q; they look like training
-      examples unless a measurement is given.
-    measurement: m(params, query) -> scalar; the loss unless given.
-    loop: how to run over the queries.
+    data: examples or queries that look like them.
 
   Raises:
-    ValueError: another model than the store's.
+    ValueError: another model than the store's, or other blocks.
   """
   select = store.about["select"]
-  model = _model(params, select)
-  disk.check(store, store.about | model)
-  found = _traced(objective, params, queries, select, measurement)
-  if measurement is None:
-    run = _features(found, objective, "rows", 0)
-  else:
-    run = _measured(found, measurement)
-  sides = directions(store)
-  spans = layout.spans(found, sides)
-  if spans != store.layout:
+  disk.check(store, store.about | _model(params, select))
+  log = logger(
+    objective,
+    params,
+    data,
+    sides=directions(store),
+    select=select,
+    shares=store.about["features"].split()[-1],
+  )
+  if log.layout != store.layout:
     raise ValueError(
-      f"the queries' gradients have other blocks than the rows of {store.path}"
+      f"the gradients have other blocks than the rows of {store.path}"
     )
-  return streams.each(run, (params, sides), queries, loop)
+  return log
 
 
 def directions(store: Store) -> dict[str, Sides]:
@@ -166,41 +182,30 @@ def directions(store: Store) -> dict[str, Sides]:
     }
 
 
-def _traced(
-  objective: Objective,
-  params: PyTree,
-  data: PyTree,
-  select: Any,
-  measurement: Loss | None = None,
-) -> Trace:
-  example = streams.example(data)
-  outputs = objective.outputs if measurement is None else measurement
-  return blocks.trace(outputs, params, example, select=select)
-
-
 def _features(
-  found: Trace, objective: Objective, shares: str, count: int
+  found: Trace,
+  objective: Objective,
+  spans: Sequence[layout.Span],
+  shares: str,
+  count: int,
 ) -> Callable:
   """Rows of the gradients of the loss."""
   statistic = projected.of_shares(shares, count)
-  run = gradients.backward_pass(found, objective, statistic)
+  return _joined(gradients.backward_pass(found, objective, statistic), spans)
 
+
+def _measured(
+  found: Trace, spans: Sequence[layout.Span], measurement: Loss
+) -> Callable:
+  """Those of the gradients of a function of (params, query)."""
+  return _joined(projected.of_measurement(found, measurement), spans)
+
+
+def _joined(run: Callable, spans: Sequence[layout.Span]) -> Callable:
   def features(operands, batch):
     params, sides = operands
     values, finite = run(params, batch, sides)
-    return layout.joined(values, layout.spans(found, sides)), finite
-
-  return features
-
-
-def _measured(found: Trace, measurement: Loss) -> Callable:
-  """The same of a function of (params, query)."""
-  run = projected.of_measurement(found, measurement)
-
-  def features(operands, batch):
-    params, sides = operands
-    values, finite = run(params, batch, sides)
-    return layout.joined(values, layout.spans(found, sides)), finite
+    return layout.joined(values, spans), finite
 
   return features
 

@@ -10,6 +10,7 @@ Notation: N examples, P parts of one, B batch, F columns.
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ def build(
   return disk.opened(path)
 
 
+@functools.lru_cache(maxsize=8)  # a second build compiles nothing
 def _encoded(
   features: Features,
   spans: tuple[Span, ...],
