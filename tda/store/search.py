@@ -215,7 +215,7 @@ def _scored(lens: Lens, rows: Encoded, inside: slice) -> np.ndarray:
     size = max(1, TILE // _row_bytes(store))
   tile = lambda i: jax.tree.map(lambda x: x[i : i + size], rows)
   parts = [
-    _products(tile(i), lens.directions, store.layout)
+    products(tile(i), lens.directions, store.layout)
     for i in range(0, count, size)
   ]
   # Nothing still reads the block when it is filled again.
@@ -224,10 +224,10 @@ def _scored(lens: Lens, rows: Encoded, inside: slice) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _products(
+def products(
   rows: Encoded, directions: Array, spans: tuple[Span, ...]
 ) -> Array:
-  """⟨d, f⟩ [Q, n]."""
+  """⟨d, f⟩ [Q, n] of rows that are held in memory, exact but for rounding."""
   decoded = layout.decode(rows, spans)
   return jnp.matmul(decoded, directions.T, precision=_HIGHEST).T
 

@@ -1,0 +1,260 @@
+"""What a gradient store costs: logging, search from disk, search in memory.
+
+    python -m experiments.benchmark_store [--smoke]
+
+Logging: building a store of a decoder of 10 M parameters (random weights,
+bytes), writing included, against a plain gradient of all parameters on the same
+tokens, in interleaved rounds without compilation. A limit of about .7 is what
+the operations allow, since no gradient of the weights is formed.
+
+Search from disk: the first and last 100 of --rows random rows of 4,096 numbers
+in bfloat16 for --queries queries, against `dd` reading the same files, both
+after the system's cache is dropped (where the user may; else both from it), and
+the memory that the search takes beyond what there was.
+
+Search in memory: products of a store that is held on the device with one query,
+against the bytes a second of the largest product of a matrix in float32 with
+one vector, or on an accelerator of a sum over the same array.
+
+Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
+1 GiB, and .7 of the memory's bandwidth.
+"""
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from tda import streams
+from tda.attribution import logra
+from tda.data.packing import Rows
+from tda.models import config as configs
+from tda.models import decoder
+from tda.store import disk, search
+from tda.store.disk import Store
+from tda.store.layout import Encoded, Span
+from tda.store.search import Lens
+from tda.streams import Loop
+
+SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, one round.")
+PARTS = ("logging", "disk", "memory")
+PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "Which to measure.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
+BATCH = flags.DEFINE_integer("batch", 8, "Sequences of a batch.")
+LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence.")
+SEQUENCES = flags.DEFINE_integer("sequences", 32, "That are logged.")
+DIMENSIONS = flags.DEFINE_multi_integer("dimension", [16, 64], "Of each side.")
+SITES = flags.DEFINE_enum("sites", "mlp", [*decoder.SITES], "That are logged.")
+ROWS = flags.DEFINE_integer("rows", 1_000_000, "Of the store on disk.")
+WIDTH = flags.DEFINE_integer("width", 4096, "Numbers of one of its rows.")
+QUERIES = flags.DEFINE_integer("queries", 16, "Of the search from disk.")
+FOLDER = flags.DEFINE_string("folder", None, "For stores; temporary if None.")
+OUTPUT = flags.DEFINE_string(
+  "output", None, "Where to write the figures: JSON."
+)
+
+
+def timed(run: Callable[[], object]) -> float:
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def interleaved(**runs: Callable[[], object]) -> dict[str, float]:
+  """Median seconds of each, once warm."""
+  rounds = 1 if SMOKE.value else ROUNDS.value
+  for run in runs.values():
+    run()
+  taken = [{k: timed(run) for k, run in runs.items()} for _ in range(rounds)]
+  return {k: statistics.median(one[k] for one in taken) for k in runs}
+
+
+def logging(folder: Path) -> dict[str, float]:
+  """Seconds of a plain gradient and of logging, and their ratios."""
+  sizes = {"width": 320, "layers": 8, "heads": 5, "mlp_width": 864}
+  length, count = LENGTH.value, SEQUENCES.value
+  if SMOKE.value:
+    sizes = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64}
+    length, count = 32, 8
+  config = configs.like("llama", 257, max_length=length, **sizes)
+  init = jax.jit(decoder.Decoder(config).init)
+  params = init(jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
+  objective, loop = decoder.objective(config), Loop(BATCH.value)
+  rng = np.random.default_rng(0)
+  draw = lambda: rng.integers(0, 257, (count, length), np.int32)
+  rows = {"x": draw(), "y": draw(), "mask": np.ones((count, length), np.int32)}
+
+  def update(total, params, batch):
+    losses = lambda p: jax.vmap(objective.loss, (None, 0))(p, batch.rows)
+    grads = jax.grad(lambda p: losses(p).sum())(params)
+    total = jax.tree.map(jnp.add, total, grads)
+    return total, jnp.ones(len(batch.positions), bool)
+
+  zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
+  gradient = streams.Fold(zeros, update, lambda total: total)
+
+  def plain():
+    jax.block_until_ready(streams.fold(gradient, params, rows, loop))
+
+  runs: dict[str, Callable[[], object]] = {"gradient": plain}
+  for dimension in DIMENSIONS.value:
+    log = logra.logger(
+      objective,
+      params,
+      rows,
+      key=jax.random.key(1),
+      dimension=dimension,
+      select=decoder.SITES[SITES.value],
+    )
+    runs[f"dimension {dimension}"] = built(log, params, rows, folder, loop)
+  seconds = interleaved(**runs)
+  tokens = count * length
+  print(f"\nlogging {tokens} tokens, {SITES.value} sites, batches of {loop[0]}")
+  found = {}
+  for name, taken in seconds.items():
+    found[name] = taken / seconds["gradient"]
+    print(
+      f"  {name:14} {taken:8.2f} s  {found[name]:5.2f} of a gradient"
+      f"  {tokens / taken:9,.0f} tokens a second"
+    )
+  return found
+
+
+def built(
+  log: logra.Logger, params: dict, rows: Rows, folder: Path, loop: Loop
+) -> Callable[[], object]:
+  """Builds a store where there is none."""
+
+  def run():
+    path = folder / "logged"
+    shutil.rmtree(path, ignore_errors=True)
+    log.build(path, params, rows, loop=loop)
+
+  return run
+
+
+def random_store(folder: Path) -> Store:
+  """Rows of normal numbers; one that is there is taken."""
+  rows, width = (3000, 64) if SMOKE.value else (ROWS.value, WIDTH.value)
+  path = folder / f"rows_{rows}_{width}"
+  span = Span("random", 0, (), 1, 1, width)
+  disk.create(path, [span], "bfloat16", {})
+  if not disk.opened(path).parts:
+    disk.add(path, "random", disk.cut([span], "bfloat16", rows, 1, None))
+  part, rng = disk.opened(path).parts[0], np.random.default_rng(0)
+  for shard in tqdm(disk.missing(part), desc="writing"):
+    count = len(part.inside(shard))
+    values = rng.standard_normal((count, width), np.float32)
+    disk.write(part, shard, "rows", values.astype(jnp.bfloat16)).result()
+    disk.finish(part, shard, count, [""] * count)
+  return disk.opened(path)
+
+
+def from_disk(folder: Path) -> dict[str, float]:
+  """Bytes a second of a search and of dd, and the memory it took."""
+  store = random_store(folder)
+  files = sorted((store.parts[0].path / "rows").rglob("c/*/0"))
+  size = sum(file.stat().st_size for file in files)
+  rng = np.random.default_rng(1)
+  width = store.layout[0].stop
+  lens = Lens(store, rng.standard_normal((QUERIES.value, width), np.float32))
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  search.ends(lens, 100)  # compiles
+  cold = dropped()
+  taken: dict[str, list[float]] = {"dd": [], "search": []}
+  for _ in range(1 if SMOKE.value else min(3, ROUNDS.value)):
+    dropped()
+    taken["dd"].append(timed(lambda: read(files)))
+    dropped()
+    taken["search"].append(timed(lambda: search.ends(lens, 100)))
+  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  seconds = {k: statistics.median(x) for k, x in taken.items()}
+  ratios = [d / s for d, s in zip(*taken.values(), strict=True)]
+  found = {
+    "dd": size / seconds["dd"],
+    "search": size / seconds["search"],
+    "ratio": statistics.median(ratios),
+    "mebibytes": (after - before) / 1024,
+  }
+  print(
+    f"\nsearch of {store.rows} rows, {size / 1e9:.2f} GB, from"
+    f" {'disk' if cold else 'the cache'}, {QUERIES.value} queries:"
+    f" {found['search'] / 1e9:.2f} GB/s, dd {found['dd'] / 1e9:.2f} GB/s,"
+    f" ratio {found['ratio']:.2f}, {found['mebibytes']:.0f} MiB more"
+  )
+  return found
+
+
+def read(files: list[Path]) -> None:
+  for file in files:
+    subprocess.run(
+      ["dd", f"if={file}", "of=/dev/null", "bs=8M", "status=none"], check=True
+    )
+
+
+def dropped() -> bool:
+  """Empties the system's cache of files, if this user may."""
+  os.sync()
+  try:
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+  except OSError:
+    return False
+  return True
+
+
+def in_memory() -> dict[str, float]:
+  """Bytes a second of products with a store that the device holds."""
+  count = 2000 if SMOKE.value else 2**16
+  width = 64 if SMOKE.value else WIDTH.value
+  on_cpu = jax.default_backend() == "cpu"
+  dtype = jnp.float32 if on_cpu else jnp.bfloat16
+  rows = jnp.ones((count, width), dtype)
+  one = jnp.ones((1, width))
+  spans = (Span("resident", 0, (), 1, 1, width),)
+  scored = lambda: jax.block_until_ready(
+    search.products(Encoded(rows, None), one, spans)
+  )
+  total = jax.jit(lambda x: jnp.sum(x, axis=1, dtype=jnp.float32))
+  seconds = interleaved(
+    products=scored, total=lambda: jax.block_until_ready(total(rows))
+  )
+  found = {k: rows.nbytes / x for k, x in seconds.items()}
+  found["ratio"] = found["products"] / found["total"]
+  print(
+    f"\nsearch in memory, {dtype.__name__}: {found['products'] / 1e9:.1f} GB/s,"
+    f" a sum over the rows {found['total'] / 1e9:.1f} GB/s,"
+    f" ratio {found['ratio']:.2f}"
+  )
+  return found
+
+
+def main(_) -> None:
+  print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
+  found = {}
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = Path(FOLDER.value or temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "logging" in PART.value:
+      found["logging"] = logging(folder)
+    if "disk" in PART.value:
+      found["disk"] = from_disk(folder)
+    if "memory" in PART.value:
+      found["memory"] = in_memory()
+  if OUTPUT.value:
+    Path(OUTPUT.value).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)
