@@ -48,7 +48,7 @@ _WORKDIR = flags.DEFINE_string(
 METHODS = ("ekfac", "gradient_dot", "gradient_cosine")
 # Of these a fit does not depend.
 ASKED = {"name", "prompts", "completions", "answer_tokens", "damping", "rank"}
-ASKED |= {"query_batch", "top", "shown", "prefilter"}
+ASKED |= {"ask", "query_batch", "top", "shown", "prefilter"}
 
 
 def main(_) -> None:
@@ -62,7 +62,7 @@ def main(_) -> None:
   model = language.load(setting) if setting.model else None
   tokenizer = model.tokenizer if model else language.tokenizer(setting)
   rows = language.packed(setting, tokenizer, task.texts, "documents")
-  asks_itself = task.kinds is None and not setting.completions
+  asks_itself = not any(completion for _, completion in task.pairs)
   if asks_itself:  # wrong prompts are told before anything is trained
     influence_task.check_prompts(setting, tokenizer, task)
   else:
