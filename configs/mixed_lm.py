@@ -28,5 +28,5 @@ def get_config(size: str = "full") -> ConfigDict:
   config.update(name="mixed_lm", documents="", pattern="*/*.txt", ask=8)
   config.update(length=384, batch_size=8, steps=500, learning_rate=3e-3)
   if size == "smoke":
-    config.update(name="mixed_lm_smoke", ask=2, length=128, steps=10)
+    config.update(name="mixed_lm_smoke", ask=2, length=512, steps=10)
   return config

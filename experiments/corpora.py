@@ -51,18 +51,20 @@ def main(_) -> None:
     "maths": (_MATHS.value, problems),
   }
   rng = np.random.default_rng(_SEED.value)
+  documents: dict[str, str] = {}
   for kind, (path, read) in sources.items():
     if not path:
       print(f"{kind:9} left out; --{kind} would give them, see --help")
       continue
     found = chosen(read(path), _EACH.value, _SIZE.value, rng)
-    (folder / kind).mkdir(parents=True)
-    for name, said in found.items():
-      (folder / kind / f"{name}.txt").write_text(said, "utf-8")
+    documents |= {f"{kind}/{name}.txt": x for name, x in found.items()}
     count = sum(map(len, found.values()))
     print(f"{kind:9} {len(found)} documents, {count} characters")
-  texts = text.folder(folder, "*/*.txt").values()
-  learned = text.learned(texts, _VOCAB.value, "<|endoftext|>")
+  learned = text.learned(documents.values(), _VOCAB.value, "<|endoftext|>")
+  for name, said in documents.items():
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(said, "utf-8")
   learned.save(str(folder / "tokenizer.json"))
 
 

@@ -92,7 +92,6 @@ def test_a_folder_is_made_and_asked(tmp_path):
     "--config=configs/mixed_lm.py:smoke",
     f"--config.documents={folder}",
     f"--config.tokenizer={folder}",
-    "--config.length=512",
     "--config.layers=1",
     f"--workdir={tmp_path / 'results'}",
   )
