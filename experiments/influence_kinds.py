@@ -1,6 +1,6 @@
 """Kinds of documents, which are the first folders of their names.
 
-Notation: D documents, Q queries, K kinds.
+Notation: D documents, Q queries.
 """
 
 import itertools
@@ -44,18 +44,24 @@ def halves(whole: str) -> tuple[str, str]:
   return whole[:at], whole[at:]
 
 
-def shares(scores: np.ndarray, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-  """Share of each query's positive scores [D, Q] by kind [D] of document.
+def shares(
+  scores: np.ndarray, kinds: Sequence[str], *, net: bool = False
+) -> dict[str, np.ndarray]:
+  """Sums of a kind's positive scores, relative to all kinds': [Q] of each.
 
-  [Q] of every kind, 0 for a query that has none.
+  Args:
+    scores: [D, Q]; of a query that has no positive ones shares are 0.
+    kinds: of the documents [D].
+    net: less the kind's negative scores, which cancel the positive ones where
+      documents do not matter and scores are noise.
   """
   positive_DxQ = np.maximum(scores, 0)
   total_Q = positive_DxQ.sum(axis=0)
-  total_Q[total_Q == 0] = 1
+  total_Q = np.where(total_Q == 0, np.inf, total_Q)
+  summed_DxQ = (scores if net else positive_DxQ) / total_Q
   kind_D = np.array(kinds)
   return {
-    kind: positive_DxQ[kind_D == kind].sum(axis=0) / total_Q
-    for kind in sorted({*kinds})
+    kind: summed_DxQ[kind_D == kind].sum(axis=0) for kind in sorted({*kinds})
   }
 
 
@@ -95,18 +101,29 @@ def own(
   asked: Sequence[str],
   scores: Mapping[str, np.ndarray],
 ) -> str:
-  """How much is of the query's own kind [Q], by method."""
+  """How much is of the query's own kind [Q], and of the others, by method."""
   same_DxQ = np.array(kinds)[:, None] == np.array(asked)
   k = min(10, len(kinds))
-  body, results = [["all alike", same_DxQ.mean(), same_DxQ.mean()]], {}
+  results = {}
   for name, x in scores.items():
-    found = shares(x, kinds)
-    share = [found[kind][q] for q, kind in enumerate(asked)]
+    positive, net = shares(x, kinds), shares(x, kinds, net=True)
+    mine = lambda found: np.mean([found[x][q] for q, x in enumerate(asked)])
+    whole = np.mean(sum(net.values()))
     best = np.take_along_axis(same_DxQ, retrieval.candidates(x, k), 0)
-    results[name] = {"share": float(np.mean(share)), "first": best.mean()}
-    body.append([display(name), np.mean(share), best.mean()])
+    results[name] = {
+      "positive": float(mine(positive)),
+      "net": float(mine(net)),
+      "net of others": float(whole - mine(net)),
+      f"of first {k}": float(best.mean()),
+    }
   workdir.record("own_kind", results)
-  cells = [[name, f"{one:.2f}", f"{two:.2f}"] for name, one, two in body]
-  header = ["method", "positive scores", f"first {k}"]
-  shown = tables.aligned(header, cells, [False, True, True])
-  return f"Of the query's own kind\n{shown}"
+  body = [
+    [display(name), *(f"{x:z.2f}" for x in found.values())]
+    for name, found in results.items()
+  ]
+  header = ["method", *next(iter(results.values()))]
+  shown = tables.aligned(header, body, [False, *[True] * 4])
+  return (
+    "Of the query's own kind: share of positive influence; the same less its"
+    f" negative influence; the first {k} documents\n{shown}"
+  )

@@ -8,14 +8,18 @@
   python -m experiments.influence_lm --config=configs/maths_lm.py \
     --config.model=SmolLM2-135M-Instruct.Q4_1.gguf \
     --config.documents=gsm8k_train.jsonl
+  python -m experiments.influence_lm --config=configs/mixed_lm.py \
+    --config.documents=corpora --config.tokenizer=corpora
 
 Without completions it is asked what made the model answer the prompts as it
-does. Scores every document of a corpus for every prompt and completion by
-EK-FAC influence, products and cosines of gradients, and words in common; shows
-the first documents of each query, the shares of the layers and how heavy the
-tail is. Of planted facts it is known which documents teach them: then it says
-how often they are found. A finished stage is read from --workdir, and one that
-was stopped goes on.
+does, and without prompts it is asked for the second halves of --config.ask
+documents of each folder, which are held out. Scores every document of a corpus
+for every prompt and completion by EK-FAC influence, products and cosines of
+gradients, and words in common; shows the first documents of each query, the
+shares of the layers and of the folders, and how heavy the tail is. Of planted
+facts it is known which documents teach them: then it says how often they are
+found. A finished stage is read from --workdir, and one that was stopped goes
+on.
 """
 
 import pathlib

@@ -12,6 +12,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("ml_collections")
 
 from experiments import corpora, influence_kinds
+from tda.evaluation.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -62,12 +63,34 @@ def test_halves_meet_where_a_word_ends(whole, first):
   assert influence_kinds.halves(whole) == (first, whole[len(first) :])
 
 
-def test_shares_of_positive_scores():
+def test_shares_of_positive_and_of_all_scores():
   scores = np.array([[1.0, -1.0], [2.0, 0.0], [1.0, -3.0], [-9.0, 0.0]])
-  found = influence_kinds.shares(scores, ["b", "a", "b", "a"])
+  kinds = ["b", "a", "b", "a"]
+  found = influence_kinds.shares(scores, kinds)
   assert [*found] == ["a", "b"]
   np.testing.assert_allclose(found["a"], [0.5, 0])
   np.testing.assert_allclose(found["b"], [0.5, 0])
+  net = influence_kinds.shares(scores, kinds, net=True)
+  np.testing.assert_allclose(net["a"], [-7 / 4, 0])
+  np.testing.assert_allclose(net["b"], [0.5, 0])
+
+
+def test_how_much_is_of_the_query_s_own_kind(tmp_path):
+  # Of the second query the only positive score is of the other kind.
+  scores = np.array([[3.0, -1.0], [1.0, 4.0], [-2.0, -1.0]])
+  workdir = Workdir(tmp_path, {})
+  kinds, asked = ["a", "b", "b"], ["a", "a"]
+  scores = {"ekfac": scores, "bm25": np.abs(scores)}
+  shown = influence_kinds.own(workdir, kinds, asked, scores)
+  found = workdir.metrics()["own_kind"]["ekfac"]
+  assert found["positive"] == pytest.approx((3 / 4 + 0) / 2)
+  assert found["net"] == pytest.approx((3 / 4 - 1 / 4) / 2)
+  assert found["net of others"] == pytest.approx((-1 / 4 + 3 / 4) / 2)
+  assert found["of first 3"] == pytest.approx(1 / 3)
+  assert [line.split()[0] for line in shown.split("\n")[3:]] == [
+    "EK-FAC",
+    "BM25",
+  ]
 
 
 def test_a_folder_is_made_and_asked(tmp_path):
