@@ -36,6 +36,7 @@ def get_config(size: str = "full") -> ConfigDict:
   # Attribution.
   config.prompts = ()  # of documents that are not planted
   config.completions = ()  # one for each, or none: what the model answers
+  config.ask = 0  # documents of each folder to hold out, halves as prompts
   config.answer_tokens = 48  # at most, of an answer
   config.limit = 0  # documents, the first; 0 for all
   config.sites = "mlp"  # or "linear": every matrix of the blocks

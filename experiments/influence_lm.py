@@ -8,14 +8,18 @@
   python -m experiments.influence_lm --config=configs/maths_lm.py \
     --config.model=SmolLM2-135M-Instruct.Q4_1.gguf \
     --config.documents=gsm8k_train.jsonl
+  python -m experiments.influence_lm --config=configs/mixed_lm.py \
+    --config.documents=corpora --config.tokenizer=corpora
 
 Without completions it is asked what made the model answer the prompts as it
-does. Scores every document of a corpus for every prompt and completion by
-EK-FAC influence, products and cosines of gradients, and words in common; shows
-the first documents of each query, the shares of the layers and how heavy the
-tail is. Of planted facts it is known which documents teach them: then it says
-how often they are found. A finished stage is read from --workdir, and one that
-was stopped goes on.
+does, and without prompts it is asked for the second halves of --config.ask
+documents of each folder, which are held out. Scores every document of a corpus
+for every prompt and completion by EK-FAC influence, products and cosines of
+gradients, and words in common; shows the first documents of each query, the
+shares of the layers and of the folders, and how heavy the tail is. Of planted
+facts it is known which documents teach them: then it says how often they are
+found. A finished stage is read from --workdir, and one that was stopped goes
+on.
 """
 
 import pathlib
@@ -48,7 +52,7 @@ _WORKDIR = flags.DEFINE_string(
 METHODS = ("ekfac", "gradient_dot", "gradient_cosine")
 # Of these a fit does not depend.
 ASKED = {"name", "prompts", "completions", "answer_tokens", "damping", "rank"}
-ASKED |= {"query_batch", "top", "shown", "prefilter"}
+ASKED |= {"ask", "query_batch", "top", "shown", "prefilter"}
 
 
 def main(_) -> None:
@@ -62,7 +66,7 @@ def main(_) -> None:
   model = language.load(setting) if setting.model else None
   tokenizer = model.tokenizer if model else language.tokenizer(setting)
   rows = language.packed(setting, tokenizer, task.texts, "documents")
-  asks_itself = task.kinds is None and not setting.completions
+  asks_itself = not any(completion for _, completion in task.pairs)
   if asks_itself:  # wrong prompts are told before anything is trained
     influence_task.check_prompts(setting, tokenizer, task)
   else:

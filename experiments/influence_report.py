@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import influence_kinds
 from experiments.influence_task import Task
 from tda.data import retrieval
 from tda.evaluation import ranking, tails
@@ -13,7 +14,8 @@ from tda.report import influence as figures
 from tda.report import style, tables
 from tda.report.names import display
 
-SHOWN = 100  # characters of a document
+SHOWN = 100  # characters of a document, or of either side of a query
+LABEL = 30  # of a prompt in a table
 
 
 def show(
@@ -35,20 +37,25 @@ def show(
   print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
   workdir.record("surprisal", float(found["surprisal"].mean()))
   _best(setting, task, scores["ekfac"])
-  labels = [prompt for prompt, _ in task.pairs][: max(1, setting.shown)]
+  names = task.held or [prompt for prompt, _ in task.pairs]
+  labels = [*names][: max(1, setting.shown)]
   print(f"\n{_concentration(workdir, scores['ekfac'], labels)}")
   print(f"\n{_layers(workdir, found['layers'], labels)}")
   print(f"\n{_prefilter(setting, workdir, scores)}")
   if task.kinds is not None:
     print(f"\n{_retrieved(workdir, task, scores)}")
     print(f"\n{_ordered(workdir, task, found['orders'])}")
+  elif len({*map(influence_kinds.of, task.names)}) > 1:
+    print(f"\n{_by_kind(workdir, task, scores)}")
   print(f"\nfigures and metrics.json in {workdir.path}")
 
 
 def _best(setting: ConfigDict, task: Task, scores: np.ndarray) -> None:
   best = retrieval.candidates(scores, min(setting.top, len(scores)))
   for q, (prompt, completion) in enumerate(task.pairs[: setting.shown]):
-    print(f"\n{prompt!r} -> {completion!r}")
+    source = f"{task.held[q]}: " if task.held else ""
+    shown = f"{prompt[-SHOWN:]!r} -> {completion[:SHOWN]!r}"
+    print(f"\n{source}{shown}")
     for place in best[:, q]:
       kind = ""
       if task.kinds is not None and task.fact is not None:
@@ -114,6 +121,20 @@ def _prefilter(
   return (
     f"of EK-FAC's first {k} documents the first {among} by words hold {cells}"
   )
+
+
+def _by_kind(
+  workdir: Workdir, task: Task, scores: Mapping[str, np.ndarray]
+) -> str:
+  kinds = [influence_kinds.of(name) for name in task.names]
+  sizes = [len(said) for said in task.texts]
+  asked = [influence_kinds.of(name) for name in task.held]
+  labels = asked or [prompt[-LABEL:] for prompt, _ in task.pairs]
+  ekfac = scores["ekfac"]
+  shown = influence_kinds.table(workdir, kinds, sizes, labels, ekfac)
+  if asked:
+    shown += f"\n\n{influence_kinds.own(workdir, kinds, asked, scores)}"
+  return shown
 
 
 def _retrieved(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import language
+from experiments import influence_kinds, language
 from experiments.language import Model
 from tda import records
 from tda.attribution import language as attribution
@@ -28,6 +28,8 @@ class Task(NamedTuple):
   pairs: list[tuple[str, str]]
   kinds: np.ndarray | None = None  # [D], of planted documents
   fact: np.ndarray | None = None  # [D]
+  # Documents that were held out, each asked for its second half: names [Q].
+  held: tuple[str, ...] = ()
   # Of a planted fact's words, each [Q].
   orders: Mapping[str, list[str]] = MappingProxyType({})
 
@@ -55,22 +57,28 @@ def asked(setting: ConfigDict) -> Task:
       pairs,
       corpus.kinds,
       corpus.fact,
-      facts.orders(corpus),
+      orders=facts.orders(corpus),
     )
-  prompts = setting.prompts
-  completions = setting.completions or [""] * len(prompts)
   if not setting.documents:
     raise ValueError(
       "no documents: give --config.documents, a folder or a file.jsonl"
     )
+  texts = text.documents(setting.documents, setting.pattern)
+  names = [*texts][: setting.limit or None]
+  if setting.ask and not setting.prompts:
+    held = influence_kinds.drawn(names, setting.ask, setting.seed)
+    names = [name for name in names if name not in held]
+    pairs = [influence_kinds.halves(texts[name]) for name in held]
+    return Task(names, [texts[x] for x in names], pairs, held=tuple(held))
+  prompts = setting.prompts
+  completions = setting.completions or [""] * len(prompts)
   if len(prompts) != len(completions) or not prompts:
     raise ValueError(
       f"{len(prompts)} prompts and {len(completions)} completions: give"
       " --config.prompts and --config.completions, tuples of text of the same"
-      " length, or prompts alone, for what the model answers"
+      " length, or prompts alone, for what the model answers, or --config.ask,"
+      " a number of documents"
     )
-  texts = text.documents(setting.documents, setting.pattern)
-  names = [*texts][: setting.limit or None]
   pairs = list(zip(prompts, completions, strict=True))
   return Task(names, [texts[name] for name in names], pairs)
 

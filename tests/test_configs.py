@@ -12,7 +12,7 @@ from tda.data import registry
 from tda.evaluation import along, mislabel, problem, settings
 
 NOISY = ("mislabel", "selection")  # of another kind of setting
-LANGUAGE = ("stdlib_lm", "planted_lm", "maths_lm")  # of a third
+LANGUAGE = ("stdlib_lm", "planted_lm", "maths_lm", "mixed_lm")  # of a third
 SETS = ("along", "solvers")  # of other sizes than full and smoke
 
 

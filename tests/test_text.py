@@ -52,6 +52,23 @@ def test_documents_by_name(tmp_path):
   assert found["x.jsonl"].startswith('{"a"')
 
 
+def test_passages_end_where_something_does():
+  whole = "One. Two words\n\nThree, four. Five\nsix seveneightnine ten"
+  assert text.passages(whole, 20) == [
+    "One. Two words\n\n",
+    "Three, four. Five\n",
+    "six seveneightnine ",
+    "ten",
+  ]
+  for size in range(1, 60):
+    pieces = text.passages(whole, size)
+    assert "".join(pieces) == whole
+    assert max(map(len, pieces)) <= size
+  assert text.passages("", 3) == [""]
+  with pytest.raises(ValueError, match="passages of 0 characters"):
+    text.passages(whole, 0)
+
+
 def test_bytes():
   by = text.tokenizer("bytes")
   (tokens,) = text.encode(["né"], by)
@@ -73,6 +90,19 @@ def test_a_file_of_tokenizers(tmp_path):
     text.tokenizer(tmp_path / "tokenizer.json", end="</s>")
   with pytest.raises(ValueError, match=r"unknown tokenizer .*'bytes'"):
     text.tokenizer("gpt2")
+
+
+def test_a_tokenizer_is_learned(tmp_path):
+  pytest.importorskip("tokenizers")
+  made = text.learned(["the then them"] * 9, 260, "<|end|>")
+  made.save(str(tmp_path / "tokenizer.json"))
+  by = text.tokenizer(tmp_path, "<|end|>")
+  assert by.vocab <= 260
+  (tokens,) = text.encode(["then né\n  x"], by)
+  assert len(tokens) < len("then né\n  x".encode())
+  assert by.decode(tokens[:-1]) == "then né\n  x"
+  with pytest.raises(ValueError, match="vocab=256"):
+    text.learned(["a"], 256, "<|end|>")
 
 
 def test_words_are_numbered_alike_in_all_texts():

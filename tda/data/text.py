@@ -18,6 +18,9 @@ import tqdm
 
 from tda import extras
 
+# Of the end of a paragraph, a line, a sentence and a word.
+MARKS = ("\n\n", "\n", ". ", " ")
+
 
 class Tokenizer(NamedTuple):
   """Text to tokens and back.
@@ -98,6 +101,24 @@ def jsonl(
   return _filled(texts, path, skip_empty)
 
 
+def passages(text: str, size: int) -> list[str]:
+  """The text in pieces of at most `size` characters, which joined give it.
+
+  A piece ends where, in its second half, a paragraph last does; where none
+  does, after a line, else a sentence, else a word, else anywhere.
+  """
+  if size < 1:
+    raise ValueError(f"passages of {size} characters: take 1 or more")
+  pieces, start = [], 0
+  while len(text) - start > size:
+    middle, last = start + size // 2, start + size
+    places = [text.rfind(mark, middle, last) + len(mark) for mark in MARKS]
+    end = next((place for place in places if place > middle), last)
+    pieces.append(text[start:end])
+    start = end
+  return [*pieces, text[start:]]
+
+
 def byte_tokenizer() -> Tokenizer:
   """The 256 bytes of UTF-8 and an end."""
 
@@ -137,6 +158,22 @@ def tokenizer(name: str | Path, end: str | int = "<|endoftext|>") -> Tokenizer:
       " the path of a tokenizer.json"
     )
   return wrap(tokenizers().Tokenizer.from_file(str(path)), end)
+
+
+def learned(texts: Iterable[str], vocab: int, end: str) -> Any:
+  """A `tokenizers.Tokenizer`: byte-level BPE, as GPT-2's, of these texts.
+
+  Merges the most frequent pairs (Sennrich et al. 2016) up to `vocab` tokens,
+  `end` among them; 257 or more, since every byte is one.
+  """
+  if vocab < 257:
+    raise ValueError(f"vocab={vocab}: every byte and {end!r} are 257 tokens")
+  package = tokenizers()
+  found = package.ByteLevelBPETokenizer()
+  found.train_from_iterator(
+    texts, vocab_size=vocab, special_tokens=[end], show_progress=False
+  )
+  return found
 
 
 def encode(
