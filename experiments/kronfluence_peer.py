@@ -1,4 +1,4 @@
-"""The peer's side of `compare_kronfluence`: the same models in torch.
+"""kronfluence's side of `compare_peers`.
 
 Options are the ones it is fastest with on a CPU: float32 throughout (also the
 eigendecomposition, by default float64), whole batches indexed at once, no
@@ -15,17 +15,11 @@ from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from kronfluence.utils.dataset import DataLoaderKwargs
-from torch import nn
-from torch.nn import functional
 
 from experiments import torch_models
 from experiments.subjects import Rows, Subject
 
-MODELS = {
-  "mlp": torch_models.MLP,
-  "cnn": torch_models.CNN,
-  "decoder": torch_models.Decoder,
-}
+MODELS = torch_models.MODELS
 
 
 class Labelled(Task):
@@ -38,9 +32,7 @@ class Labelled(Task):
   def compute_train_loss(self, batch, model, sample=False):
     logits = model(batch["x"])
     labels = self._drawn(batch, logits.detach()) if sample else batch["y"]
-    return functional.cross_entropy(
-      logits.flatten(0, -2), labels.flatten(), reduction="sum"
-    )
+    return torch_models.cross_entropy(logits, labels)
 
   def compute_measurement(self, batch, model):
     return self.compute_train_loss(batch, model)
@@ -138,15 +130,3 @@ class Peer:
   def sampled(self) -> np.ndarray:
     """The labels drawn for the training examples."""
     return self.task.sampled.numpy().astype(np.int32)
-
-
-def gradient_seconds(model: nn.Module, train: Rows, batch: int) -> float:
-  """Seconds of the plain gradient of all training examples."""
-  table, task = Table(train), Labelled(train["y"], seed=0)
-  model.requires_grad_(True)
-  start = time.perf_counter()
-  for first in range(0, len(table), batch):
-    model.zero_grad(set_to_none=True)
-    rows = table[slice(first, first + batch)]
-    task.compute_train_loss(rows, model).backward()
-  return time.perf_counter() - start

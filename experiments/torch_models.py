@@ -1,5 +1,6 @@
 """The networks of `experiments.subjects` in torch, from the same weights."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+
+from experiments.subjects import Rows
 
 Params = Mapping[str, Any]  # numpy arrays in the layout of flax
 
@@ -84,6 +87,9 @@ class Decoder(nn.Module):
     return self.head(self.norm(x))
 
 
+MODELS = {"mlp": MLP, "cnn": CNN, "decoder": Decoder}
+
+
 def linear(params: Params, inputs: int | None = None) -> nn.Linear:
   kernel = np.asarray(params["kernel"])
   kernel = kernel.reshape(inputs or kernel.shape[0], -1)
@@ -113,3 +119,21 @@ def norm(params: Params) -> nn.LayerNorm:
 
 def tensor(x: Any) -> torch.Tensor:
   return torch.tensor(np.ascontiguousarray(x))
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+  """Summed over examples and positions."""
+  return functional.cross_entropy(
+    logits.flatten(0, -2), labels.flatten(), reduction="sum"
+  )
+
+
+def gradient_seconds(model: nn.Module, train: Rows, batch: int) -> float:
+  """Seconds of the plain gradient of all training examples."""
+  x, y = torch.as_tensor(train["x"]), torch.as_tensor(train["y"]).long()
+  model.requires_grad_(True)
+  start = time.perf_counter()
+  for inputs, labels in zip(x.split(batch), y.split(batch), strict=True):
+    model.zero_grad(set_to_none=True)
+    cross_entropy(model(inputs), labels).backward()
+  return time.perf_counter() - start
