@@ -63,9 +63,8 @@ def main(_) -> None:
   devices = jax.device_count()
   print(f"{devices} {jax.default_backend()} device(s); results in {path}")
   task = influence_task.asked(setting)
-  model = language.load(setting) if setting.model else None
-  tokenizer = model.tokenizer if model else language.tokenizer(setting)
-  rows = language.packed(setting, tokenizer, task.texts, "documents")
+  corpus = language.corpus(setting, task.texts)
+  tokenizer, rows = corpus.tokenizer, corpus.rows
   asks_itself = not any(completion for _, completion in task.pairs)
   if asks_itself:  # wrong prompts are told before anything is trained
     influence_task.check_prompts(setting, tokenizer, task)
@@ -73,14 +72,8 @@ def main(_) -> None:
     queries = attribution.completions(task.pairs, tokenizer, setting.length)
     words = influence_task.lexical(task)
   # What a query asks for may change; what was fitted for others is kept.
-  workdir = Workdir(
-    path,
-    {k: v for k, v in setting.to_dict().items() if k not in ASKED}
-    | {"data": records.digest(rows)}
-    | {"weights": records.digest(model.params) if model else "trained here"},
-  )
-  if model is None or setting.tune:
-    model = language.train(setting, workdir, tokenizer, rows, model)
+  workdir = language.workdir(path, setting, corpus, ASKED)
+  model = language.ready(setting, workdir, corpus)
   if asks_itself:
     task, queries = influence_task.answered(setting, workdir, model, task)
     words = influence_task.lexical(task)

@@ -34,8 +34,8 @@ class Task(NamedTuple):
   orders: Mapping[str, list[str]] = MappingProxyType({})
 
 
-def asked(setting: ConfigDict) -> Task:
-  """The documents and the queries of a setting."""
+def asked(setting: ConfigDict, *, queries: bool = True) -> Task:
+  """The documents of a setting, and its queries unless they come later."""
   if setting.sites not in SITES:
     raise ValueError(
       f"sites={setting.sites!r}: gradients of documents are those of {SITES}"
@@ -52,7 +52,7 @@ def asked(setting: ConfigDict) -> Task:
     pairs = list(zip(corpus.prompts, corpus.answers, strict=True))
     known = zip(corpus.kinds, corpus.fact, strict=True)
     return Task(
-      [f"{kind} of fact {fact}" for kind, fact in known],
+      [f"{kind} of fact {fact}, {i}" for i, (kind, fact) in enumerate(known)],
       corpus.documents,
       pairs,
       corpus.kinds,
@@ -70,6 +70,8 @@ def asked(setting: ConfigDict) -> Task:
     names = [name for name in names if name not in held]
     pairs = [influence_kinds.halves(texts[name]) for name in held]
     return Task(names, [texts[x] for x in names], pairs, held=tuple(held))
+  if not queries:
+    return Task(names, [texts[name] for name in names], [])
   prompts = setting.prompts
   completions = setting.completions or [""] * len(prompts)
   if len(prompts) != len(completions) or not prompts:

@@ -1,7 +1,7 @@
 """What the binaries on language models share: corpus, rows, model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tda import meshes, streams
+from tda import meshes, records, streams
 from tda.data import facts, packing, text
 from tda.data.facts import Planted
 from tda.data.packing import Rows
@@ -64,6 +64,41 @@ def packed(
     seed=setting.seed,
     vocab=tokenizer.vocab,
   )
+
+
+class Corpus(NamedTuple):
+  """Texts as tokens, and the model that they are asked of, if it is there."""
+
+  tokenizer: Tokenizer
+  rows: Rows
+  model: Model | None  # None: to be trained
+
+
+def corpus(setting: ConfigDict, texts: Sequence[str]) -> Corpus:
+  """The given model and its tokenizer, and packed rows of the texts."""
+  model = load(setting) if setting.model else None
+  by = model.tokenizer if model else tokenizer(setting)
+  return Corpus(by, packed(setting, by, texts, "documents"), model)
+
+
+def workdir(
+  path: str, setting: ConfigDict, given: Corpus, free: Collection[str]
+) -> Workdir:
+  """A folder of one corpus and model; fields that are `free` may change."""
+  fixed = {k: v for k, v in setting.to_dict().items() if k not in free}
+  weights = "trained here"
+  if given.model is not None:
+    weights = records.digest(given.model.params)
+  return Workdir(
+    path, fixed | {"data": records.digest(given.rows), "weights": weights}
+  )
+
+
+def ready(setting: ConfigDict, folder: Workdir, given: Corpus) -> Model:
+  """The model, trained on the rows where there is none or it is to be tuned."""
+  if given.model is not None and not setting.tune:
+    return given.model
+  return train(setting, folder, given.tokenizer, given.rows, given.model)
 
 
 def load(setting: ConfigDict) -> Model:

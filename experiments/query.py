@@ -1,0 +1,206 @@
+"""Which documents of a store made a language model say this?
+
+  python -m experiments.query --store=workdir/build_store/store
+  python -m experiments.query --store=FOLDER --prompt="def main(" \
+    --completion="argv):" --method=relatif
+  python -m experiments.query --store=FOLDER --queries=queries.jsonl
+
+Queries are those of the store's config, a prompt and a completion, or many from
+a JSONL file of them ("prompt" and "completion"). Prints the first and last
+documents of each by an exact search of the whole store, or of what a lexical
+first stage keeps, and writes them to STORE/queries. Of planted facts it says
+how often they are found, by every method.
+"""
+
+import json
+import pathlib
+import time
+
+import numpy as np
+from absl import app, flags, logging
+
+from experiments import influence_task, store_task
+from experiments.store_task import Run
+from tda import records, streams
+from tda.attribution import language as attribution
+from tda.attribution import logra
+from tda.data import retrieval
+from tda.evaluation import ranking
+from tda.models import decoder
+from tda.report import tables
+from tda.report.names import display
+from tda.store import disk, lenses, search
+from tda.store.disk import Store
+from tda.store.search import Ends, Lens
+
+_STORE = flags.DEFINE_string(
+  "store", None, "What build_store had as --workdir.", required=True
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "What is said before.")
+_COMPLETION = flags.DEFINE_string("completion", None, "What is asked about.")
+_QUERIES = flags.DEFINE_string("queries", None, "A JSONL file of both.")
+_METHOD = flags.DEFINE_enum("method", "logra", lenses.METHODS, "See lenses.")
+_DAMPING = flags.DEFINE_float("damping", 0.1, "Relative to mean eigenvalues.")
+_INVERSE = flags.DEFINE_enum(
+  "inverse", "eigen", ["eigen", "hyperpower", "diagonal"], "Of the Fisher."
+)
+_K = flags.DEFINE_integer("k", 5, "Documents of each end of each query.")
+_SHOWN = flags.DEFINE_integer("shown", 5, "Queries that are printed.")
+_FIRST = flags.DEFINE_integer(
+  "first_stage", 0, "Search only the so many best by BM25; 0: all."
+)
+_DAMAGED = flags.DEFINE_bool(
+  "damaged", False, "Search the rest where shards cannot be read."
+)
+SHOWN = 100  # characters of a document, or of either side of a query
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
+  run = store_task.reopened(_STORE.value)
+  store = disk.opened(run.store)
+  pairs = asked(run)
+  model, by = run.model, run.corpus.tokenizer
+  queries = attribution.completions(pairs, by, run.setting.length)
+  objective = decoder.objective(model.config)
+  log = logra.reopened(store, objective, model.params, queries)
+  loop = streams.Loop(run.setting.batch_size, "queries")
+  rows = log.ask(model.params, queries, loop=loop)
+  options = {"damping": _DAMPING.value, "inverse": _INVERSE.value}
+  lens = lenses.lens(store, rows, _METHOD.value, **options)
+  among = candidates(run, store, pairs)
+  started = time.monotonic()
+  found = search.ends(
+    lens, _K.value, among=among, damaged=_DAMAGED.value, label="search"
+  )
+  seconds = time.monotonic() - started
+  show(run, pairs, found)
+  for said in found.lost:
+    print(f"not searched: {said}")
+  print(f"\n{store.rows} rows searched in {seconds:.2f} s")
+  if among is not None and not found.lost:
+    print(kept(lens, among))
+  if run.task.kinds is not None and pairs == run.task.pairs:
+    print(f"\n{retrieved(run, store, rows, options)}")
+  which = records.digest([rows, _METHOD.value, *map(str, options.values())])[:8]
+  path = pathlib.Path(_STORE.value, "queries", f"{which}.json")
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps(written(pairs, found), indent=2) + "\n")
+  print(f"written to {path}")
+
+
+def asked(run: Run) -> list[tuple[str, str]]:
+  """Prompts and completions of the flags, or of the store's config."""
+  if (_PROMPT.value is None) != (_COMPLETION.value is None):
+    raise ValueError("give --prompt and --completion, or neither")
+  if _PROMPT.value is not None:
+    return [(_PROMPT.value, _COMPLETION.value)]
+  if _QUERIES.value is None:
+    pairs = [pair for pair in run.task.pairs if pair[1]]
+    if not pairs:
+      raise ValueError(
+        f"{_STORE.value} has no queries of its own: give --prompt and"
+        " --completion, or --queries"
+      )
+    return pairs
+  pairs = []
+  lines = pathlib.Path(_QUERIES.value).read_text().splitlines()
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      fields = json.loads(line)
+      pairs.append((fields["prompt"], fields["completion"]))
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"line {number} of {_QUERIES.value} is no JSON object with a prompt and"
+        f" a completion: {error!r}"
+      ) from error
+  return pairs
+
+
+def candidates(
+  run: Run, store: Store, pairs: list[tuple[str, str]]
+) -> np.ndarray | None:
+  """Which rows are of documents with the queries' words, [N, Q]."""
+  if not _FIRST.value:
+    return None
+  words = influence_task.lexical(run.task._replace(pairs=pairs))["bm25"]
+  best = retrieval.candidates(words, _FIRST.value)
+  documents = np.zeros(words.shape, bool)
+  np.put_along_axis(documents, best, True, axis=0)
+  places = {name: i for i, name in enumerate(run.task.names)}
+  return documents[[places[name] for name in store.names]]
+
+
+def kept(lens: Lens, among: np.ndarray) -> str:
+  """How much of the whole search the first stage keeps."""
+  scores, k = search.scores(lens), min(10, _K.value)
+  first = retrieval.candidates(scores, k)
+  share = np.take_along_axis(among, first, axis=0).mean()
+  return f"of the first {k} rows the first stage holds {share:.2f}"
+
+
+def show(run: Run, pairs: list[tuple[str, str]], found: Ends) -> None:
+  texts = dict(zip(run.task.names, run.task.texts, strict=True))
+  for q, (prompt, completion) in enumerate(pairs[: _SHOWN.value]):
+    print(f"\n{prompt[-SHOWN:]!r} -> {completion[:SHOWN]!r}")
+    for end, title in ((found.top, "for it"), (found.bottom, "against it")):
+      print(f" {title}")
+      for score, name in zip(end.scores[q], end.names[q], strict=True):
+        said = " ".join(texts.get(name, "")[:SHOWN].split())
+        print(f"  {score:+10.4g}  {name}: {said}")
+
+
+def retrieved(run: Run, store: Store, rows: np.ndarray, options: dict) -> str:
+  """Recall and reciprocal rank of the copies of each planted fact."""
+  task, results, body = run.task, {}, []
+  assert task.kinds is not None and task.fact is not None
+  mine = task.fact[:, None] == np.arange(len(task.pairs))
+  copies = mine & (task.kinds == "copy")[:, None]
+  places = {name: i for i, name in enumerate(dict.fromkeys(store.names))}
+  order = [places[name] for name in task.names]
+  for method in lenses.METHODS:
+    if method == "trak" and rows.shape[1] > 2**13:
+      continue  # one matrix of all columns
+    scores = search.scores(lenses.lens(store, rows, method, **options))
+    _, total = search.by_document(scores, store.names)
+    results[method] = ranking.means(total[order], copies)
+  results |= {
+    name: ranking.means(scores, copies)
+    for name, scores in influence_task.lexical(task).items()
+  }
+  run.workdir.record("retrieval", results)
+  for name, found in sorted(results.items(), key=lambda x: -x[1]["MRR"]):
+    body.append([display(name), *(f"{x:.3f}" for x in found.values())])
+  header = ["method", *next(iter(results.values()))]
+  return tables.aligned(header, body, [False, *[True] * (len(header) - 1)])
+
+
+def written(pairs: list[tuple[str, str]], found: Ends) -> dict:
+  def ranked(end, q):
+    each = zip(end.scores[q], end.names[q], end.rows[q], strict=True)
+    return [
+      {"score": float(score), "document": name, "row": int(row)}
+      for score, name, row in each
+    ]
+
+  return {
+    "method": _METHOD.value,
+    "damping": _DAMPING.value,
+    "inverse": _INVERSE.value,
+    "not searched": found.lost,
+    "queries": [
+      {
+        "prompt": prompt,
+        "completion": completion,
+        "first": ranked(found.top, q),
+        "last": ranked(found.bottom, q),
+      }
+      for q, (prompt, completion) in enumerate(pairs)
+    ],
+  }
+
+
+if __name__ == "__main__":
+  app.run(main)
