@@ -66,8 +66,7 @@ def main(_) -> None:
   log = logra.reopened(store, objective, model.params, queries)
   loop = streams.Loop(run.setting.batch_size, "queries")
   rows = log.ask(model.params, queries, loop=loop)
-  options = {"damping": _DAMPING.value, "inverse": _INVERSE.value}
-  lens = lenses.lens(store, rows, _METHOD.value, **options)
+  lens = seen(store, rows, _METHOD.value)
   among = candidates(run, store, pairs)
   started = time.monotonic()
   found = search.ends(
@@ -81,20 +80,29 @@ def main(_) -> None:
   if among is not None and not found.lost:
     print(kept(lens, among))
   if run.task.kinds is not None and pairs == run.task.pairs:
-    print(f"\n{retrieved(run, store, rows, options)}")
-  which = records.digest([rows, _METHOD.value, *map(str, options.values())])[:8]
+    print(f"\n{retrieved(run, store, rows)}")
+  how = [_METHOD.value, str(_DAMPING.value), _INVERSE.value]
+  which = records.digest([rows, *how])[:8]
   path = pathlib.Path(_STORE.value, "queries", f"{which}.json")
   path.parent.mkdir(exist_ok=True)
   path.write_text(json.dumps(written(pairs, found), indent=2) + "\n")
   print(f"written to {path}")
 
 
+def seen(store: Store, rows: np.ndarray, method: str) -> Lens:
+  """The queries' view of the store, by the flags' damping and inverse."""
+  return lenses.lens(
+    store, rows, method, damping=_DAMPING.value, inverse=_INVERSE.value
+  )
+
+
 def asked(run: Run) -> list[tuple[str, str]]:
   """Prompts and completions of the flags, or of the store's config."""
-  if (_PROMPT.value is None) != (_COMPLETION.value is None):
+  prompt, completion = _PROMPT.value, _COMPLETION.value
+  if (prompt is None) != (completion is None):
     raise ValueError("give --prompt and --completion, or neither")
-  if _PROMPT.value is not None:
-    return [(_PROMPT.value, _COMPLETION.value)]
+  if prompt is not None and completion is not None:
+    return [(prompt, completion)]
   if _QUERIES.value is None:
     pairs = [pair for pair in run.task.pairs if pair[1]]
     if not pairs:
@@ -152,7 +160,7 @@ def show(run: Run, pairs: list[tuple[str, str]], found: Ends) -> None:
         print(f"  {score:+10.4g}  {name}: {said}")
 
 
-def retrieved(run: Run, store: Store, rows: np.ndarray, options: dict) -> str:
+def retrieved(run: Run, store: Store, rows: np.ndarray) -> str:
   """Recall and reciprocal rank of the copies of each planted fact."""
   task, results, body = run.task, {}, []
   assert task.kinds is not None and task.fact is not None
@@ -163,7 +171,7 @@ def retrieved(run: Run, store: Store, rows: np.ndarray, options: dict) -> str:
   for method in lenses.METHODS:
     if method == "trak" and rows.shape[1] > 2**13:
       continue  # one matrix of all columns
-    scores = search.scores(lenses.lens(store, rows, method, **options))
+    scores = search.scores(seen(store, rows, method))
     _, total = search.by_document(scores, store.names)
     results[method] = ranking.means(total[order], copies)
   results |= {

@@ -14,7 +14,7 @@ from tda import checkpoints, streams
 from tda.attribution import inverses, methods, trak
 from tda.curvature import labels as labels_lib
 from tda.data import packing, retrieval
-from tda.evaluation import along, retraining
+from tda.evaluation import along, retraining, stored
 from tda.evaluation.problem import Problem
 from tda.evaluation.settings import Setting
 from tda.evaluation.workdir import Workdir
@@ -158,6 +158,26 @@ def _attributed(
       name: Attribution(values, along.LABELS.get(name, ""), "")
       for name, values in computed.items()
     }
+  return rows | _stored(problem, params, member, workdir)
+
+
+def _stored(
+  problem: Problem, params: PyTree, member: int, workdir: Workdir
+) -> dict[str, Attribution]:
+  """Of one model, by the methods that keep projected gradients."""
+  if not stored.named(problem.setting.methods):
+    return {}
+  suffix = f"_{member}" if member else ""
+  computed = workdir.stage(
+    f"stored{suffix}",
+    lambda: stored.attributed(problem, params, member, workdir),
+  )
+  rows = {}
+  for entry, values in computed.items():
+    method, _, damping = entry.partition("@")
+    main = damping == problem.setting.damping
+    row = Attribution(values, "empirical", damping)
+    rows[method if main else entry] = row
   return rows
 
 
@@ -202,7 +222,7 @@ def retrained(problem: Problem, workdir: Workdir) -> dict[str, np.ndarray]:
 
 def _rounds(setting: Setting) -> list[Round]:
   """(labels, dampings, methods): the main round, then the sweep's."""
-  others = {"trak", "bm25", *along.METHODS}
+  others = {"trak", "bm25", *along.METHODS, *stored.named(setting.methods)}
   ends = tuple(m for m in setting.methods if m not in others)
   rounds: list[Round] = []
   if ends:

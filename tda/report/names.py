@@ -13,6 +13,7 @@ _NAMES = {
   "kfac": "K-FAC",
   "less": "LESS",
   "lissa": "LiSSA",
+  "logra": "LoGra",
   "source": "SOURCE",
   "tfidf": "TF-IDF",
   "trackstar": "TrackStar",
@@ -24,4 +25,5 @@ _NAMES = {
 
 def display(method: str) -> str:
   """As papers write it; of a name not known here only underscores go."""
-  return _NAMES.get(method, method.replace("_", " "))
+  first, *rest = method.split(" ", 1)
+  return " ".join([_NAMES.get(first, first.replace("_", " ")), *rest])

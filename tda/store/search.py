@@ -199,7 +199,8 @@ def _scores(
       count = len(blocks[0].rows.values)
       inside = slice(blocks[0].first, blocks[0].first + count)
       pairs = zip(lenses, blocks, strict=True)
-      yield inside, sum(_scored(x, block.rows, inside) for x, block in pairs)
+      each = [_scored(x, block.rows, inside) for x, block in pairs]
+      yield inside, np.sum(each, axis=0)
       bar.update(count)
 
 
