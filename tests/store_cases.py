@@ -6,7 +6,7 @@ import numpy as np
 
 from tda import blocks, gradients, likelihoods, projections, streams
 from tda.attribution import logra
-from tda.store import disk, layout
+from tda.store import layout, reading
 
 
 def key():
@@ -54,7 +54,7 @@ def rows(store):
   """All of a store [N, F], float32."""
   found = [
     np.array(layout.decode(block.rows, store.layout))
-    for block in disk.blocks(store)
+    for block in reading.blocks(store)
   ]
   return np.concatenate(found)
 

@@ -11,7 +11,7 @@ import store_cases
 import tensorstore as ts
 
 from tda import meshes, streams
-from tda.store import disk, layout, writing
+from tda.store import disk, layout, reading, writing
 
 
 def features(rows):
@@ -127,13 +127,13 @@ def test_later_data_are_added_and_nothing_is_written_twice(tmp_path):
     store_cases.rows(store), both, rtol=1e-5, atol=1e-6
   )
   np.testing.assert_allclose(
-    disk.take(store, [31, 0, 22]).values,
+    reading.take(store, [31, 0, 22]).values,
     both[[31, 0, 22]],
     rtol=1e-5,
     atol=1e-6,
   )
   with pytest.raises(ValueError, match="rows 0 to 32 of a store of 32"):
-    disk.take(store, [0, 32])
+    reading.take(store, [0, 32])
 
 
 def test_a_damaged_shard_is_named(tmp_path):
@@ -146,7 +146,7 @@ def test_a_damaged_shard_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"rows 8 to 11, shard 2 of .*damaged"):
     store_cases.rows(store)
   lost = []
-  kept = [np.array(b.rows.values) for b in disk.blocks(store, lost=lost)]
+  kept = [np.array(b.rows.values) for b in reading.blocks(store, lost=lost)]
   np.testing.assert_array_equal(
     np.concatenate(kept), np.delete(whole, range(8, 12), axis=0)
   )

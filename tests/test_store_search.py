@@ -7,8 +7,8 @@ import pytest
 import store_cases
 
 from tda import projections
-from tda.attribution import logra
-from tda.store import disk, fisher, layout, lenses, search
+from tda.attribution import influence, logra
+from tda.store import disk, fisher, layout, lenses, reading, search
 from tda.store.lenses import METHODS
 from tda.store.search import Lens
 
@@ -16,7 +16,9 @@ from tda.store.search import Lens
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
   store = store_cases.build(tmp_path_factory.mktemp("store") / "s")
-  rows = np.concatenate([np.array(b.rows.values) for b in disk.blocks(store)])
+  rows = np.concatenate(
+    [np.array(b.rows.values) for b in reading.blocks(store)]
+  )
   return store, rows.astype(np.float64), store_cases.ask()
 
 
@@ -197,7 +199,7 @@ def test_what_was_summed_is_kept_until_rows_are_added(tmp_path, monkeypatch):
   store = store_cases.build(tmp_path / "s")
   first = fisher.fisher(store)
   with monkeypatch.context() as patched:
-    patched.setattr(disk, "blocks", None)  # reading would fail
+    patched.setattr(reading, "blocks", None)  # reading would fail
     again = fisher.fisher(store)
   for name, x in first.items():
     np.testing.assert_array_equal(x, again[name])
@@ -287,3 +289,14 @@ def test_random_directions_keep_products_on_average(draw):
   got = np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), 4000)))
   error = got.std() / np.sqrt(len(got))
   assert abs(got.mean() - want) < 4 * error < 0.3 * jnp.linalg.norm(a) ** 2
+
+
+def test_rows_that_are_not_stored_are_scored_by_a_response(stored):
+  store, _, asked = stored
+  log, train = store_cases.logger(), store_cases.data()
+  inverse = fisher.inverted(fisher.fisher(store), 0.1)
+  score = influence.scorer(store_cases.traced(), store_cases.OBJECTIVE)
+  responses = {"logra": logra.response(log, inverse)}
+  found = score(store_cases.model(), train, store_cases.data(3, 9), responses)
+  want = search.scores(lenses.lens(store, asked))
+  np.testing.assert_allclose(found["logra"].values, want, rtol=1e-3, atol=1e-6)

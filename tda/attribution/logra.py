@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tda import blocks, gradients, meshes, parts, projections, records, streams
 from tda.attribution import language, products, projected
-from tda.blocks import Trace
+from tda.attribution.responses import Operator
+from tda.blocks import Blocks, Trace
 from tda.likelihoods import Loss, Objective
 from tda.projections import Sides
-from tda.store import disk, layout, writing
+from tda.store import disk, fisher, layout, writing
 from tda.store.disk import Store
 from tda.streams import Loop
 
@@ -169,6 +171,27 @@ def reopened(
       f"the gradients have other blocks than the rows of {store.path}"
     )
   return log
+
+
+def response(log: Logger, inverse: Mapping[str, np.ndarray]) -> Operator:
+  """Pᵀ (F + λ)⁻¹ P as a response, for what a store has no rows of.
+
+  With it `influence.scorer` scores tokens, or documents that were not stored,
+  as `lenses.lens(store, asked, "logra")` scores rows.
+
+  Args:
+    log: the store's.
+    inverse: of `fisher.inverted`.
+  """
+
+  def apply(grads: Blocks) -> Blocks:
+    rows = layout.joined(projected.along(grads, log.sides), log.layout)
+    seen = fisher.applied(inverse, np.asarray(rows), log.layout)
+    return projected.back(
+      layout.split(jnp.asarray(seen), log.layout), log.sides
+    )
+
+  return apply
 
 
 def directions(store: Store) -> dict[str, Sides]:

@@ -8,7 +8,7 @@ Notation: B examples, P parts of a row, blocks [*stack, G, O, I], sides of P and
 S coordinates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def of_shares(shares: str, count: int) -> taps.Statistic:
   return PROJECTED._replace(compute=compute)
 
 
-def along(grads: Blocks, sides: dict[str, Sides]) -> Blocks:
+def along(grads: Blocks, sides: Mapping[str, Sides]) -> Blocks:
   """Gradients [B, *stack, G, O, I] that were formed, along the directions."""
 
   def one(x, given):
@@ -63,6 +63,19 @@ def along(grads: Blocks, sides: dict[str, Sides]) -> Blocks:
     return x
 
   return {name: one(x, sides[name]) for name, x in grads.items()}
+
+
+def back(projected: Blocks, sides: Mapping[str, Sides]) -> Blocks:
+  """The transpose of `along`: [B, *stack, G, O, I] of projected blocks."""
+
+  def one(x, given):
+    if given.inputs is not None:
+      x = jnp.einsum("b...op,...ip->b...oi", x, given.inputs)
+    if given.outputs is not None:
+      x = jnp.einsum("b...ui,...ou->b...oi", x, given.outputs)
+    return x
+
+  return {name: one(x, sides[name]) for name, x in projected.items()}
 
 
 def of_measurement(

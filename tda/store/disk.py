@@ -16,7 +16,7 @@ Any reader of zarr v3 opens the arrays; TensorStore does here.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,11 @@ import numpy as np
 import tensorstore as ts
 
 from tda import parts as parts_lib
-from tda.store.layout import DTYPES, Encoded, Span
+from tda.store.layout import DTYPES, Span
 
 VERSION = 1
 CHUNK = 2**21  # bytes, about, that one checksum is of
 SHARD = 2**26  # bytes, about, of a shard
-READ = 2**24  # bytes, about, that are read at a time
 
 
 class Part(NamedTuple):
@@ -87,13 +86,6 @@ class Store(NamedTuple):
   def complete(self) -> bool:
     """Whether no shard of any part is missing."""
     return len(self.shards) == sum(part.shards for part in self.parts)
-
-
-class Block(NamedTuple):
-  """Rows that were read together; their arrays are used again afterwards."""
-
-  first: int
-  rows: Encoded  # [n, F] and [n, M]
 
 
 def opened(path: str | Path) -> Store:
@@ -190,7 +182,7 @@ def add(path: Path, digest: str, cut: Mapping[str, int]) -> None:
   folder = path / "parts" / f"{len(store.parts):03d}"
   (folder / "shards").mkdir(parents=True, exist_ok=True)
   part = Part(folder, digest, **cut)
-  for name, dtype, columns in _columns(store):
+  for name, dtype, columns in arrays(store):
     _make(folder / name, part, dtype, columns)
   _write(folder / "part.json", {"digest": digest, **cut})
 
@@ -199,9 +191,9 @@ def write(
   part: Part, number: int, name: str, values: np.ndarray
 ) -> ts.WriteFutures:
   """Begins to write the rows of one shard into an array of its part."""
-  array = _open(part.path / name)
+  into = array(part.path / name)
   first = number * part.capacity
-  return array[first : first + len(values)].write(values)
+  return into[first : first + len(values)].write(values)
 
 
 def finish(part: Part, number: int, rows: int, names: Sequence[str]) -> None:
@@ -212,106 +204,6 @@ def finish(part: Part, number: int, rows: int, names: Sequence[str]) -> None:
 def missing(part: Part) -> list[int]:
   """Shards that are not whole yet."""
   return [i for i in range(part.shards) if not _record(part, i).exists()]
-
-
-def blocks(
-  store: Store,
-  *,
-  rows: int | None = None,
-  depth: int = 3,
-  lost: list[str] | None = None,
-) -> Iterator[Block]:
-  """All rows in turn, read ahead.
-
-  A block's arrays are filled again once the block after it has been asked for
-  and `depth` − 2 more: use them before, or copy them.
-
-  Args:
-    store: which.
-    rows: of a block; as many as make 16 MiB unless given.
-    depth: how many blocks there is memory for, 2 or more.
-    lost: where to say which rows cannot be read, and go on; None raises.
-
-  Raises:
-    ValueError: a shard whose checksums do not hold, or that is not there.
-  """
-  arrays = _columns(store)
-  sources = {
-    (part.path, name): _open(part.path / name)
-    for part in store.parts
-    for name, _, _ in arrays
-  }
-  bytes_of_row = sum(np.dtype(d).itemsize * c for _, d, c in arrays)
-  size = rows or max(1, READ // bytes_of_row)
-  buffers = [
-    [np.zeros((size, c), d) for _, d, c in arrays] for _ in range(depth)
-  ]
-  plan = [
-    (shard, begin, min(begin + size, shard.rows))
-    for shard in store.shards
-    for begin in range(0, shard.rows, size)
-  ]
-
-  def start(i):
-    shard, begin, end = plan[i]
-    offset = shard.number * shard.part.capacity
-    futures = []
-    for (name, _, _), buffer in zip(arrays, buffers[i % depth], strict=True):
-      source = sources[shard.part.path, name]
-      into = ts.array(buffer[: end - begin])
-      futures.append(into.write(source[offset + begin : offset + end]))
-    return futures
-
-  waiting = {i: start(i) for i in range(min(depth - 1, len(plan)))}
-  for i, (shard, begin, end) in enumerate(plan):
-    try:
-      for future in waiting.pop(i):
-        future.result()
-      for name, _, _ in arrays:
-        _check_there(shard, name)
-      intact = True
-    except Exception as error:  # TensorStore's are of many types
-      intact = False
-      said = f"rows {shard.first + begin} to {shard.first + end - 1}, {shard}"
-      if lost is None:
-        raise ValueError(
-          f"{said}, cannot be read ({_first_line(error)}): its file is damaged"
-          " or gone. Delete its record among the shards and build it again, or"
-          " search the rest on request"
-        ) from error
-      lost.append(said)
-    if intact:
-      values, *scales = (x[: end - begin] for x in buffers[i % depth])
-      rest = scales[0] if scales else None
-      yield Block(shard.first + begin, Encoded(values, rest))
-    if i + depth - 1 < len(plan):
-      waiting[i + depth - 1] = start(i + depth - 1)
-
-
-def take(store: Store, rows: Sequence[int]) -> Encoded:
-  """Chosen rows [n, F], in the order given.
-
-  Raises:
-    ValueError: rows that are not there.
-  """
-  rows_n = np.asarray(rows, np.int64)
-  if len(rows_n) and not 0 <= rows_n.min() <= rows_n.max() < store.rows:
-    raise ValueError(
-      f"rows {rows_n.min()} to {rows_n.max()} of a store of {store.rows}"
-    )
-  firsts = np.array([shard.first for shard in store.shards])
-  which_n = np.searchsorted(firsts, rows_n, "right") - 1
-  found: list[np.ndarray] = []
-  for name, dtype, columns in _columns(store):
-    sources = {part.path: _open(part.path / name) for part in store.parts}
-    futures = []
-    for row, which in zip(rows_n, which_n, strict=True):
-      shard = store.shards[which]
-      place = shard.number * shard.part.capacity + row - shard.first
-      futures.append(sources[shard.part.path][int(place)].read())
-    values = [future.result() for future in futures]
-    found.append(np.stack(values) if values else np.zeros((0, columns), dtype))
-  return Encoded(found[0], found[1] if len(found) > 1 else None)
 
 
 def cut(
@@ -338,7 +230,7 @@ def cut(
   }
 
 
-def _columns(store: Store) -> list[tuple[str, Any, int]]:
+def arrays(store: Store) -> list[tuple[str, Any, int]]:
   """Name, type and columns of the arrays of every part."""
   width = store.layout[-1].stop
   found = [("rows", jnp.dtype(store.dtype), width)]
@@ -373,19 +265,13 @@ def _make(path: Path, part: Part, dtype: Any, columns: int) -> None:
   ts.open(spec, create=True, delete_existing=True).result()
 
 
-def _open(path: Path) -> ts.TensorStore:
+def array(path: Path) -> ts.TensorStore:
+  """One that is there."""
   spec = {
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": str(path.absolute())},
   }
   return ts.open(spec, open=True).result()
-
-
-def _check_there(shard: Shard, name: str) -> None:
-  """Of a file that is gone zarr reads zeros."""
-  file = shard.part.path / name / "c" / str(shard.number) / "0"
-  if not file.exists():
-    raise FileNotFoundError(f"there is no {file}")
 
 
 def _record(part: Part, number: int) -> Path:
@@ -395,7 +281,3 @@ def _record(part: Part, number: int) -> Path:
 def _write(path: Path, value: Any) -> None:
   with parts_lib.replacing(path) as file:
     file.write((json.dumps(value, indent=2) + "\n").encode())
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ import numpy as np
 from tda import parts, records
 from tda.inverse import hyperpower, whitening
 from tda.inverse.iterative import Status
-from tda.store import disk, layout
+from tda.store import layout, reading
 from tda.store.disk import Store
 from tda.store.layout import Encoded, Span
 
@@ -47,7 +47,7 @@ def fisher(store: Store) -> dict[str, np.ndarray]:
       span.name: jnp.zeros((span.modules, span.size, span.size))
       for span in store.layout
     }
-    for block in disk.blocks(store):
+    for block in reading.blocks(store):
       sums = jax.block_until_ready(_added(sums, block.rows, store.layout))
     return {k: np.asarray(x / store.rows) for k, x in sums.items()}
 
@@ -66,7 +66,7 @@ def joint(store: Store) -> np.ndarray:
 
   def compute():
     sums = {"all": jnp.zeros((1, width, width))}
-    for block in disk.blocks(store):
+    for block in reading.blocks(store):
       decoded = Encoded(_decoded(block.rows, store.layout), None)
       sums = jax.block_until_ready(_added(sums, decoded, one))
     return {"all": np.asarray(sums["all"] / store.rows)}
@@ -79,7 +79,7 @@ def squares(store: Store) -> dict[str, np.ndarray]:
 
   def compute():
     total = np.zeros(layout.width(store.layout), np.float64)
-    for block in disk.blocks(store):
+    for block in reading.blocks(store):
       total += _squared(block.rows, store.layout)
     row = total.astype(np.float32) / store.rows
     return {s.name: layout.by_module(row, s) for s in store.layout}
@@ -145,7 +145,7 @@ def lengths(
   def compute():
     found = [
       np.asarray(_quadratic(block.rows, inverse, store.layout))
-      for block in disk.blocks(store)
+      for block in reading.blocks(store)
     ]
     return {"lengths": np.sqrt(np.concatenate(found).clip(0))}
 

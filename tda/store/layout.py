@@ -94,6 +94,16 @@ def joined(values: Mapping[str, Array], layout: Sequence[Span]) -> Array:
   return jnp.concatenate([flat(span) for span in layout], axis=-1)
 
 
+def split(rows: Array, layout: Sequence[Span]) -> dict[str, Array]:
+  """Blocks [N, *stack, G, S, P] of rows [N, F]: `joined` the other way."""
+
+  def one(span):
+    shape = (*span.stack, span.groups, span.outputs, span.inputs)
+    return rows[:, span.start : span.stop].reshape(len(rows), *shape)
+
+  return {span.name: one(span) for span in layout}
+
+
 def by_module(rows: Array, span: Span) -> Array:
   """A block's part of rows [..., F] as [..., m, D]."""
   own = rows[..., span.start : span.stop]

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tda.inverse import whitening
-from tda.store import disk, fisher, layout
+from tda.store import fisher, layout, reading
 from tda.store.disk import Store
 from tda.store.search import Lens
 
@@ -107,7 +107,7 @@ def neighbours(
   store: Store, rows: Sequence[int], method: str = "cosine"
 ) -> Lens:
   """Rows of the store as queries: what is like them."""
-  encoded = disk.take(store, rows)
+  encoded = reading.take(store, rows)
   return lens(store, np.asarray(layout.decode(encoded, store.layout)), method)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from tda.store import disk, layout
+from tda.store import layout, reading
 from tda.store.disk import Store
 from tda.store.layout import Encoded, Span
 
@@ -119,7 +119,7 @@ def scores(
 
 def by_module(lens: Lens, rows: Sequence[int]) -> np.ndarray:
   """Scores [n, Q, M] of chosen rows, by module; they add up to the row's."""
-  encoded = disk.take(lens.store, rows)
+  encoded = reading.take(lens.store, rows)
   values = _by_module(encoded, lens.directions, lens.store.layout)
   values = np.asarray(values)
   if lens.weights is not None:
@@ -189,11 +189,11 @@ def _scores(
   """Rows, and their scores [Q, n], block by block."""
   total = lenses[0].store.rows
   if len(lenses) == 1:
-    streams = [disk.blocks(lenses[0].store, lost=lost)]
+    streams = [reading.blocks(lenses[0].store, lost=lost)]
   else:  # damage in one is damage in all: they would no longer be the same rows
     size = max(_row_bytes(lens.store) for lens in lenses)
-    rows = max(1, disk.READ // size)
-    streams = [disk.blocks(lens.store, rows=rows) for lens in lenses]
+    rows = max(1, reading.READ // size)
+    streams = [reading.blocks(lens.store, rows=rows) for lens in lenses]
   with tqdm.tqdm(total=total, desc=label, unit="row", disable=not label) as bar:
     for blocks in zip(*streams, strict=True):
       count = len(blocks[0].rows.values)
