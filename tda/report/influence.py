@@ -92,3 +92,34 @@ def layers(path: str | Path, shares: ArrayLike, labels: Sequence[str]) -> None:
 def _short(label: str) -> str:
   label = " ".join(label.split()).replace("$", r"\$")  # which starts formulas
   return label if len(label) <= LENGTH else f"{label[: LENGTH - 1]}…"
+
+
+def correlations(
+  path: str | Path, matrix: ArrayLike, labels: Sequence[str]
+) -> None:
+  """Correlations of every two queries, those of one task together.
+
+  Args:
+    path: PNG to write.
+    matrix: [Q, Q], from -1 to 1.
+    labels: of the tasks [Q], equal ones next to each other.
+  """
+  matrix = np.asarray(matrix, float)
+  if matrix.shape != (len(labels), len(labels)):
+    raise ValueError(f"{len(labels)} labels for correlations {matrix.shape}")
+  figure = style.canvas(5.0, 4.2)
+  axes = figure.add_subplot()
+  image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+  starts = [i for i, x in enumerate(labels) if i == 0 or x != labels[i - 1]]
+  ends = [*starts[1:], len(labels)]
+  for end in ends[:-1]:
+    axes.axhline(end - 0.5, color=style.INK, linewidth=0.6)
+    axes.axvline(end - 0.5, color=style.INK, linewidth=0.6)
+  middles = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
+  names = [_short(labels[start]) for start in starts]
+  axes.set_xticks(middles, names, rotation=45, ha="right", size=style.SMALL)
+  axes.set_yticks(middles, names, size=style.SMALL)
+  axes.tick_params(length=0)
+  bar = figure.colorbar(image, shrink=0.8)
+  bar.set_label("Pearson correlation", size=style.TEXT, color=style.INK)
+  style.finish(figure, path, "")
