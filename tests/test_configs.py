@@ -12,8 +12,14 @@ from tda.data import registry
 from tda.evaluation import along, mislabel, problem, settings
 
 NOISY = ("mislabel", "selection")  # of another kind of setting
-LANGUAGE = ("stdlib_lm", "planted_lm", "maths_lm", "mixed_lm")  # of a third
-SETS = ("along", "solvers")  # of other sizes than full and smoke
+LANGUAGE = (
+  "stdlib_lm",
+  "planted_lm",
+  "maths_lm",
+  "mixed_lm",
+  "store",
+)  # of a third
+SETS = ("along", "solvers", "projections")  # of other sizes than full and smoke
 
 
 def test_config_along_the_run_has_every_size():
