@@ -21,7 +21,7 @@ def write(workdir: Workdir, about: str, *sections: Section) -> None:
   """
   own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
   values = {flag.name: flag.value for flag in own}
-  del values["workdir"]
+  values.pop("workdir", None)
   config = values.pop("config", None)
   settings = config.to_dict() if config is not None else {}
   settings |= workdir.config | values

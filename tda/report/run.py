@@ -1,6 +1,5 @@
 """The report of a run's folder: what it said, drew and was set to."""
 
-import importlib.metadata
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 import jax
 
+import tda
 from tda import coverage, extras
 from tda.coverage import Coverage
 from tda.evaluation.workdir import Workdir
@@ -87,6 +87,6 @@ def _circumstances(workdir: Workdir) -> Iterator[Table]:
     "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
     "python": platform.python_version(),
-    "tda": importlib.metadata.version("tda-jax"),
+    "tda": tda.__version__,
   }
   yield page.settings(software, "What it ran on")

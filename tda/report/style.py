@@ -66,7 +66,7 @@ def described(figure: "Figure") -> str:
   across = each([figure.get_supxlabel(), *(x.get_xlabel() for x in axes)])
   up = each([figure.get_supylabel(), *(x.get_ylabel() for x in axes)])
   panels = each(x.get_title(loc=s) for x in axes for s in ("left", "center"))
-  legends = [x.get_legend() for x in axes if x.get_legend()]
+  legends = [legend for x in axes if (legend := x.get_legend())]
   named = [t for x in (*figure.legends, *legends) for t in x.get_texts()]
   ticks = [t for x in axes for t in x.get_yticklabels()]
   words = [t.get_text() for t in ticks if t.get_text()[:1].isalpha()]
