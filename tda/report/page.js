@@ -66,7 +66,12 @@ const filter = document.getElementById("filter");
 let haystack = null;
 
 function sift() {
-  haystack ??= items.map((item) => item.textContent.toLowerCase());
+  haystack ??= items.map((item) =>
+    [".name", ".text"]
+      .map((part) => item.querySelector(part).textContent)
+      .join(" ")
+      .toLowerCase(),
+  );
   const words = filter.value.toLowerCase().split(/\s+/);
   let shown = 0;
   items.forEach((item, i) => {

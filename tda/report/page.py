@@ -129,7 +129,7 @@ def _template() -> Any:
     ),
     "numeric": _numeric,
     "percent": "{:.0%}".format,
-    "signed": lambda x: f"{x:+.3g}".replace("-", "−"),
+    "signed": lambda x: f"{x:+#.3g}".rstrip(".").replace("-", "−"),
   }
   return env.get_template("page.html")
 

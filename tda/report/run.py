@@ -50,7 +50,7 @@ def read(printed: str) -> Iterator[str | Table]:
 
   The line above a table's header is its caption.
   """
-  for block in re.split(r"\n\s*\n", printed.strip("\n")):
+  for block in filter(str.strip, re.split(r"\n\s*\n", printed.strip("\n"))):
     lines = block.splitlines()
     rules = [i for i, line in enumerate(lines) if RULE.fullmatch(line)]
     if not rules or not rules[0]:
