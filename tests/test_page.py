@@ -184,7 +184,7 @@ def test_tokens_are_drawn_when_a_document_is_opened(tmp_path, show):
     assert text == token.strip()
     assert kind.split()[1] == ("positive" if score > 0 else "negative")
   strongest = max(first.tokens, key=lambda token: token[1])
-  shown = one(browser, ".strongest dd").text
+  shown = one(browser, ".strongest").text
   assert strongest[0].strip() in shown and f"{strongest[1]:+#.3g}" in shown
   line = lambda kind: one(
     browser, f".text .strong.{kind}"
@@ -248,7 +248,7 @@ def test_text_stands_out_in_light_and_in_dark(tmp_path, show, scheme):
   browser = show(written(tmp_path, "said", ranking("q")), scheme)
   one(browser, "summary").click()
   tags = "h1, .lead, a, button, label, output, kbd, .said, mark, figcaption"
-  rest = ".rank, .score, .name, .token, dt, dd, h4, .legend"
+  rest = ".rank, .score, .name, .token, .strongest, h4, .legend"
   elements = all_of(browser, f"{tags}, {rest}")
   measure = functools.partial(contrast, browser)
   assert min(map(measure, elements)) >= 4.5

@@ -77,9 +77,9 @@ def test_a_file_of_tokenizers(tmp_path):
 
 def test_pieces_join_to_the_text_and_keep_characters_whole():
   by = text.byte_tokenizer()
-  found = text.pieces(by.encode("né 𝄞") + [by.end], by)
+  found = text.pieces([*by.encode("né 𝄞"), by.end], by)
   assert found == ["n", "", "é", " ", "", "", "", "𝄞", ""]
-  broken = text.pieces([*by.encode("a")] + [0xC3], by)
+  broken = text.pieces([*by.encode("a"), 0xC3], by)
   assert broken == ["a", "\ufffd"] and text.pieces([], by) == []
   # As some decoders do, of which the first word has no space before it.
   words = by._replace(decode=lambda ids: " ".join(f"w{i}" for i in ids))
