@@ -40,7 +40,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import launch
+from experiments import launch, reports
 from tda import blocks, gradients, streams
 from tda.curvature import fitting, operators
 from tda.evaluation import problem, stages
@@ -78,30 +78,30 @@ class Case(NamedTuple):
 
 
 def main(_) -> None:
-  case = build(problem.build(launch.setting()))
+  task = problem.build(launch.setting())
+  workdir = launch.workdir("benchmark_solvers", task.setting)
+  case = build(task, stages.trained(task, workdir))
   rows, size = [], _size(case.queries)
   cells = [(n, how) for n in PRECONDITIONERS for how in (ALONE, BLOCK)]
   for name, how in tqdm(cells, desc="solves"):
     found = [_iterations(case(how, name, d)) for d in DAMPINGS.value]
     rows.append([name, how, *found])
   header = ["preconditioner", "", *(f"damping {d:g}" for d in DAMPINGS.value)]
-  print(
+  workdir.say(
     f"Iterations to a residual of {TOLERANCE:g}, mean over queries (>: limit)"
   )
-  print(tables.aligned(header, rows))
+  workdir.say(tables.aligned(header, rows))
   block, side_by_side, in_turn = seconds(case)
-  print(
+  workdir.say(
     f"\nall {size} queries at damping {TIMED.value:g} without preconditioner, "
     f"seconds:\n  block         {block:.2f}\n  side by side  {side_by_side:.2f}"
     f"\n  in turn       {in_turn:.2f}\nblock / in turn {block / in_turn:.3f}"
   )
+  reports.write(workdir, __doc__)
 
 
-def build(task: problem.Problem) -> Case:
-  """The trained model, its fitted curvatures and the queries' gradients."""
-  params = stages.trained(
-    task, launch.workdir("benchmark_solvers", task.setting)
-  )
+def build(task: problem.Problem, params: Any) -> Case:
+  """The model's fitted curvatures and the queries' gradients."""
   data = jax.tree.map(jnp.asarray, task.dataset.train)
   found = blocks.trace(task.objective.outputs, params, streams.example(data))
   fit = fitting.fitter(found, task.objective, labels=LABELS.value)

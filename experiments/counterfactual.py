@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from experiments import launch
+from experiments import launch, reports
 from tda.evaluation import problem, removal, stages
 from tda.evaluation.problem import Problem
 from tda.evaluation.removal import Summary
@@ -52,8 +52,9 @@ def main(_) -> None:
   workdir.record("removal", {k: _numbers(s) for k, s in curves.items()})
   total = round(time.monotonic() - started, 1)
   workdir.record("seconds", {"total": total})
-  print(tables.removal(curves, measurement=setting.measurement))
+  workdir.say(tables.removal(curves, measurement=setting.measurement))
   print(f"\n{total:.0f} seconds; figures and metrics.json in {workdir.path}")
+  reports.write(workdir, __doc__)
 
 
 def controls(task: Problem) -> dict[str, np.ndarray]:

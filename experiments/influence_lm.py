@@ -22,6 +22,7 @@ found. A finished stage is read from --workdir, and one that was stopped goes
 on.
 """
 
+import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -30,18 +31,27 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import influence_report, influence_task, language
+from experiments import (
+  influence_page,
+  influence_report,
+  influence_task,
+  language,
+  reports,
+)
+from experiments.influence_page import Fitted
 from experiments.influence_task import Task
 from experiments.language import Model
-from tda import blocks, records, streams
+from tda import blocks, coverage, records, streams
 from tda.attribution import influence
 from tda.attribution import language as attribution
 from tda.attribution.responses import Cosine, Identity
+from tda.blocks import Trace
 from tda.curvature import fitting
 from tda.data.packing import Rows
 from tda.evaluation.workdir import Workdir
 from tda.inverse import spectral
 from tda.models import decoder, training
+from tda.report import convergence, run
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/planted_lm.py", "Config file; its fields are flags too."
@@ -77,20 +87,57 @@ def main(_) -> None:
   if asks_itself:
     task, queries = influence_task.answered(setting, workdir, model, task)
     words = influence_task.lexical(task)
+  traced = blocks.trace(
+    decoder.objective(model.config).outputs,
+    model.params,
+    streams.example(rows),
+    select=decoder.SITES[setting.sites],
+  )
+  fit = functools.cache(lambda: fitted(setting, workdir, model, traced, rows))
   which = records.digest(queries)[:8]
   which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")
   found = workdir.stage(
     f"scores_{which}",
-    lambda: scored(setting, workdir, model, task, (rows, queries), which),
+    lambda: scored(setting, workdir, fit(), task, (rows, queries), which),
   )
   scores = {k: found[k] for k in METHODS if k in found} | words
   influence_report.show(setting, workdir, task, scores, found)
+  asked = influence_page.asked(setting, task, scores["ekfac"], found["layers"])
+  tokens = workdir.stage(
+    f"tokens_{which}_{setting.top}_{setting.shown}",
+    lambda: influence_page.tokens(setting, fit(), asked, (rows, queries)),
+  )
+  shown = influence_page.section(asked, model.tokenizer, tokens)
+  covered = run.covered(coverage.coverage(traced))
+  reports.write(workdir, __doc__, shown, covered)
+
+
+def fitted(
+  setting: ConfigDict, workdir: Workdir, model: Model, found: Trace, rows: Rows
+) -> Fitted:
+  """The inverse curvature, whose spectrum is drawn."""
+  objective = decoder.objective(model.config)
+  loop = streams.Loop(
+    setting.batch_size,
+    "EK-FAC",
+    language.mesh(setting),
+    directory=workdir.folder("fit"),
+  )
+  key = jax.random.key(setting.seed)
+  fit = fitting.fitter(
+    found, objective, methods=["ekfac"], labels=setting.labels
+  )
+  with workdir.timed("fit"):
+    curvature = fit(model.params, rows, key=key, loop=loop)["ekfac"]
+  convergence.spectra(workdir.path / "spectrum.png", curvature.eigenvalues)
+  inverse = spectral.inverse(curvature, spectral.damping(setting.damping))
+  return Fitted(model, objective, found, inverse)
 
 
 def scored(
   setting: ConfigDict,
   workdir: Workdir,
-  model: Model,
+  fit: Fitted,
   task: Task,
   packed: tuple[Rows, Rows],
   which: str,
@@ -100,24 +147,8 @@ def scored(
   And of the words of each fact in several orders [orders + 1, Q].
   """
   rows, queries = packed
-  objective = decoder.objective(model.config)
-  params = model.params
-  found = blocks.trace(
-    objective.outputs,
-    params,
-    streams.example(rows),
-    select=decoder.SITES[setting.sites],
-  )
-  mesh = language.mesh(setting)
-  loop = streams.Loop(setting.batch_size, "EK-FAC", mesh)
-  kept = loop._replace(directory=workdir.folder("fit"))
-  key = jax.random.key(setting.seed)
-  fit = fitting.fitter(
-    found, objective, methods=["ekfac"], labels=setting.labels
-  )
-  with workdir.timed("fit"):
-    curvature = fit(params, rows, key=key, loop=kept)["ekfac"]
-  inverse = spectral.inverse(curvature, spectral.damping(setting.damping))
+  model, params, inverse = fit.model, fit.model.params, fit.inverse
+  loop = streams.Loop(setting.batch_size, "EK-FAC", language.mesh(setting))
   responses = {
     "ekfac": inverse,
     "gradient_dot": Identity(),
@@ -125,8 +156,8 @@ def scored(
   if not (attribution.cut(rows) or setting.rank):  # which have no cosine
     responses["gradient_cosine"] = Cosine(Identity())
   score = influence.scorer(
-    found,
-    objective,
+    fit.found,
+    fit.objective,
     query_batch=setting.query_batch,
     rank=setting.rank or None,
     shares="segments",

@@ -34,19 +34,21 @@ def show(
     scores: [D, Q] of every method, "ekfac" among them.
     found: "surprisal" [Q], "layers" [L, Q] and "orders" [orders + 1, Q].
   """
-  print(f"\nnats of the completions: mean {found['surprisal'].mean():.3f}")
+  workdir.say(
+    f"\nnats of the completions: mean {found['surprisal'].mean():.3f}"
+  )
   workdir.record("surprisal", float(found["surprisal"].mean()))
   _best(setting, task, scores["ekfac"])
   names = task.held or [prompt for prompt, _ in task.pairs]
   labels = [*names][: max(1, setting.shown)]
-  print(f"\n{_concentration(workdir, scores['ekfac'], labels)}")
-  print(f"\n{_layers(workdir, found['layers'], labels)}")
-  print(f"\n{_prefilter(setting, workdir, scores)}")
+  workdir.say(f"\n{_concentration(workdir, scores['ekfac'], labels)}")
+  workdir.say(f"\n{_layers(workdir, found['layers'], labels)}")
+  workdir.say(f"\n{_prefilter(setting, workdir, scores)}")
   if task.kinds is not None:
-    print(f"\n{_retrieved(workdir, task, scores)}")
-    print(f"\n{_ordered(workdir, task, found['orders'])}")
+    workdir.say(f"\n{_retrieved(workdir, task, scores)}")
+    workdir.say(f"\n{_ordered(workdir, task, found['orders'])}")
   elif len({*map(influence_kinds.of, task.names)}) > 1:
-    print(f"\n{_by_kind(workdir, task, scores)}")
+    workdir.say(f"\n{_by_kind(workdir, task, scores)}")
   print(f"\nfigures and metrics.json in {workdir.path}")
 
 

@@ -62,10 +62,11 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
+from experiments import reports
 from tda.evaluation.workdir import Arrays, Workdir
 from tda.inverse import hyperpower, krylov, neumann, polynomials
 from tda.inverse.iterative import Method
-from tda.report import convergence
+from tda.report import convergence, tables
 
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes.")
 DIMS = flags.DEFINE_list(
@@ -113,13 +114,14 @@ def main(_) -> None:
   for dim in tqdm(timed, "timing"):
     compute = functools.partial(timings, dim)
     seconds[dim] = workdir.stage(f"time_{dim}", compute)
-  print(products_table(cases))
-  print(f"\n{time_table(seconds)}")
+  workdir.say(products_table(cases))
+  workdir.say(f"\n{time_table(seconds)}")
   draw(cases, seconds, workdir)
   workdir.record("products", {f"{d} {n}": v for (d, n), v in needed(cases)})
   workdir.record("seconds_of_an_inverse", medians(seconds))
   total = round(time.monotonic() - started, 1)
   print(f"\n{total:.0f} seconds; figures in {workdir.path}")
+  reports.write(workdir, __doc__)
 
 
 def matrix(dim: int, n: int) -> np.ndarray:
@@ -209,10 +211,7 @@ def needed(
 def products_table(cases: Mapping[Case, Arrays]) -> str:
   """Products needed, and those after which the convergence test stops."""
   names = (PAPER, *ORDERS)
-  lines = [
-    "Matrix products to float32 accuracy (to the end; !: not converged)",
-    f"{'dim':>5} {'N':>6} {'κ':>8}" + "".join(f"{k:>12}" for k in names),
-  ]
+  header, body = ["dim", "N", "κ", *names], []
   fewer = 0
   for (dim, n), counts in needed(cases):
     found = cases[dim, n]
@@ -222,13 +221,15 @@ def products_table(cases: Mapping[Case, Arrays]) -> str:
       stop = int(found[f"{name}: stop"]) * each
       end = "" if not found[f"{name}: status"] else "!"
       reached = "-" if counts[name] is None else counts[name]
-      cells.append(f"{f'{reached} ({stop}){end}':>12}")
+      cells.append(f"{reached} ({stop}){end}")
     paper, *ours = (counts[name] or np.inf for name in names)
     fewer += max(ours) < paper
-    condition = f"{found['condition'][0]:8.4g}"
-    lines.append(f"{dim:5} {n:6} {condition}" + "".join(cells))
-  lines.append(f"every order needs fewer in {fewer} of {len(cases)} cases")
-  return "\n".join(lines)
+    body.append([str(dim), str(n), f"{found['condition'][0]:.4g}", *cells])
+  return (
+    "Matrix products to float32 accuracy (to the end; !: not converged)\n"
+    f"{tables.aligned(header, body, [True] * len(header))}\n\n"
+    f"every order needs fewer in {fewer} of {len(cases)} cases"
+  )
 
 
 def timings(dim: int) -> Arrays:
@@ -280,14 +281,13 @@ def medians(seconds: Mapping[int, Arrays]) -> dict[str, dict[int, float]]:
 def time_table(seconds: Mapping[int, Arrays]) -> str:
   """Median seconds, a row for each dimension."""
   ways = medians(seconds)
-  lines = [
-    "Seconds of an inverse, median over rounds",
-    f"{'dim':>5}" + "".join(f"{way:>12}" for way in ways),
+  header = ["dim", *ways]
+  body = [
+    [str(dim), *(f"{by_dim[dim]:.2g}" for by_dim in ways.values())]
+    for dim in seconds
   ]
-  for dim in seconds:
-    cells = [f"{by_dim[dim]:12.2g}" for by_dim in ways.values()]
-    lines.append(f"{dim:5}" + "".join(cells))
-  return "\n".join(lines)
+  table = tables.aligned(header, body, [True] * len(header))
+  return f"Seconds of an inverse, median over rounds\n{table}"
 
 
 def draw(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import app
 
-from experiments import launch
+from experiments import launch, reports
 from tda.evaluation import lds, problem, ranking, stages
 from tda.evaluation.lds import Interval
 from tda.evaluation.problem import Problem
@@ -54,19 +54,23 @@ def main(_) -> None:
   total = round(time.monotonic() - started, 1)
   workdir.record("seconds", {"total": total})
   table = [_row(k, rows[k], intervals[k]) for k in rows]
-  print(tables.text(table, ceiling=ceiling))
+  workdir.say(tables.text(table, ceiling=ceiling))
   if task.relevant is not None:
-    print(f"\n{_retrieved(task.relevant, rows, workdir)}")
+    workdir.say(f"\n{_retrieved(task.relevant, rows, workdir)}")
   if "metasmoothness" in workdir.metrics():
-    print(f"\nmetasmoothness {workdir.metrics()['metasmoothness']:.3f}")
+    smoothness = workdir.metrics()["metasmoothness"]
+    workdir.say(f"\nmetasmoothness {smoothness:.3f}")
   if setting.sweep_dampings:
     choices = _choices(task, rows, per_query)
-    print("\nDamping chosen on every other query, LDS of the remaining ones")
+    workdir.say(
+      "\nDamping chosen on every other query, LDS of the remaining ones"
+    )
     chosen = {x.name: lds.bootstrap(x.per_query, key) for x in choices}
     table = [_row(k, rows[k], x) for k, x in chosen.items()]
-    print(tables.text(table, ceiling=ceiling))
-    print(_differences(choices, rows, key))
+    workdir.say(tables.text(table, ceiling=ceiling))
+    workdir.say(_differences(choices, rows, key))
   print(f"\n{total:.0f} seconds; figures and metrics.json in {workdir.path}")
+  reports.write(workdir, __doc__)
 
 
 def _draw(task: Problem, folder, rows, predicted, bank, intervals, ceiling):

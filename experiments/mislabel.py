@@ -40,6 +40,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import reports
 from tda import streams
 from tda.evaluation import mislabel, selection
 from tda.evaluation.mislabel import Setting
@@ -63,11 +64,12 @@ def main(_) -> None:
   workdir = Workdir(path, dataclasses.asdict(setting))
   results = {kind: ranked(setting, kind, workdir) for kind in setting.subjects}
   for kind, rows in results.items():
-    print(f"\n{setting.title(kind)}; {accuracies(rows)}")
-    print(table(setting, rows))
+    workdir.say(f"\n{setting.title(kind)}; {accuracies(rows)}")
+    workdir.say(table(setting, rows))
   draw(setting, results, workdir.path / "mislabel.png")
   total = round(time.monotonic() - started, 1)
   print(f"\n{total:.0f} seconds; figure in {workdir.path}")
+  reports.write(workdir, __doc__)
 
 
 def ranked(

@@ -57,7 +57,7 @@ from absl import app, flags
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from experiments import launch
+from experiments import launch, reports
 from tda import blocks, gradients, streams
 from tda.attribution.responses import Identity
 from tda.blocks import Blocks, Trace
@@ -134,11 +134,12 @@ def main(_) -> None:
       f"{which}_{kind}",
       {k: np.asarray(c).tolist() for k, c in by_method.items()},
     )
-  print(_account(truth))
-  print(cost.text(curves, SHOWN))
+  workdir.say(_account(truth))
+  workdir.say(cost.text(curves, SHOWN))
   total = round(time.monotonic() - started, 1)
   workdir.record("seconds", {"total": total})
   print(f"\n{total:.0f} seconds; figures and metrics.json in {workdir.path}")
+  reports.write(workdir, __doc__)
 
 
 def _task(built: Problem, params: Any) -> Task:

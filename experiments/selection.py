@@ -35,6 +35,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import reports
 from tda import streams
 from tda.evaluation import mislabel, selection
 from tda.evaluation.mislabel import Setting
@@ -61,11 +62,12 @@ def main(_) -> None:
   }
   for kind, rows in results.items():
     for measure in ("accuracy", "loss"):
-      print(f"\n{setting.title(kind)}: {measure} on test data")
-      print(table(setting, rows, measure))
+      workdir.say(f"\n{setting.title(kind)}: {measure} on test data")
+      workdir.say(table(setting, rows, measure))
   draw(setting, results, workdir.path / "selection.png")
   total = round(time.monotonic() - started, 1)
   print(f"\n{total:.0f} seconds; figure in {workdir.path}")
+  reports.write(workdir, __doc__)
 
 
 def selected(setting: Setting, kind: str, workdir: Workdir) -> list[Results]:

@@ -12,12 +12,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import language
+from experiments import language, reports
 from tda import meshes
 from tda.data import packing
 from tda.evaluation.workdir import Workdir
 from tda.models import pretrained
 from tda.report import losses as loss_figures
+from tda.report import tables
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/stdlib_lm.py", "Config file; its fields are flags too."
@@ -50,11 +51,13 @@ def main(_) -> None:
   }
   for name, value in results.items():
     workdir.record(name, value)
-    print(f"{name:24} {value:.6g}")
+  body = [[name, f"{value:.6g}"] for name, value in results.items()]
+  workdir.say(tables.aligned(["result", "value"], body))
   figure = workdir.path / "loss.png"
   loss_figures.curve(figure, model.losses, results["held_out_loss"])
   whole = jax.tree.map(meshes.fetch, model.params)
   pretrained.save(workdir.path / "model", setting.family, model.config, whole)
+  reports.write(workdir, __doc__)
 
 
 if __name__ == "__main__":

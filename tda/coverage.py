@@ -107,29 +107,40 @@ def gradient_norms(
   return norms
 
 
-def format_coverage(report: Coverage) -> str:
-  """An aligned table, largest blocks first."""
+def cells(report: Coverage) -> list[tuple[str, ...]]:
+  """A header and a row for each block, largest first."""
   part = lambda size: f"{size / report.parameters:.1%}"
   head = "block kind shape parameters share gradient reason"
-  cells = [tuple(head.split())]
+  found: list[tuple[str, ...]] = [tuple(head.split())]
   for rows, note in ((report.rows, ""), (report.omitted, "not selected")):
     for row in sorted(rows, key=lambda row: -row.parameters):
       shape = "x".join(map(str, row.shape))
       gradient = "" if row.gradient is None else f"{row.gradient:.1%}"
       count, share = f"{row.parameters:,}", part(row.parameters)
       reason = note or row.reason
-      cells.append((row.name, row.kind, shape, count, share, gradient, reason))
+      found.append((row.name, row.kind, shape, count, share, gradient, reason))
   for name, size in report.unused.items():
-    cells.append((name, "", "", f"{size:,}", part(size), "", "no gradient"))
+    found.append((name, "", "", f"{size:,}", part(size), "", "no gradient"))
+  return found
+
+
+def summary(report: Coverage) -> str:
+  """How much is tracked, and how much of that is generic."""
+  part = lambda size: f"{size / report.parameters:.1%}"
   tracked = sum(row.parameters for row in report.rows)
   generic = sum(row.parameters for row in report.rows if row.reason)
-  total = (
+  return (
     f"{tracked:,} ({part(tracked)}) of {report.parameters:,} parameters "
     f"tracked, {generic:,} ({part(generic)}) of them generic"
   )
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = ["  ".join(map(_padded, range(7), line, widths)) for line in cells]
-  return "\n".join([*map(str.rstrip, lines), total])
+
+
+def format_coverage(report: Coverage) -> str:
+  """An aligned table and its summary."""
+  rows = cells(report)
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ["  ".join(map(_padded, range(7), line, widths)) for line in rows]
+  return "\n".join([*map(str.rstrip, lines), summary(report)])
 
 
 def _padded(column: int, text: str, width: int) -> str:

@@ -45,6 +45,9 @@ def test_lds_writes_metrics_figures_and_a_table(finished):
   assert "retrain" in done.stderr  # the progress bar
   for name in ("lds", "predicted_vs_actual", "influential_images"):
     assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+  report = (folder / "report.html").read_text()
+  assert report.count("data:image/png") == 3 and "noise ceiling" in report
+  assert "retrain_seeds" in report and "Linear datamodelling score" in report
   config = json.loads((folder / "config.json").read_text())
   assert config["dataset"] == "digits"
 

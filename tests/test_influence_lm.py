@@ -46,6 +46,19 @@ def test_planted_facts_are_asked_for_and_a_run_is_read_again(tmp_path):
   with np.load(file) as scores:
     assert scores["ekfac"].shape == (28, 2)
     assert np.isfinite(scores["ekfac"]).all() and scores["surprisal"].min() > 0
+    influence = scores["ekfac"]
+  (file,) = tmp_path.glob("tokens_*.npz")
+  with np.load(file) as tokens:
+    starts = np.cumsum(tokens["sizes"]) - tokens["sizes"]
+    of_documents = np.add.reduceat(tokens["values"], starts)
+  orders = [np.argsort(sign * influence, axis=0)[:5] for sign in (1, -1)]
+  shown = influence[np.unique(orders)]
+  # Queries of rank 4 are compressed anew, which moves small scores a little.
+  scale = np.abs(influence).max(axis=0)
+  assert (np.abs(of_documents - shown) < 1e-3 * scale).all()
+  report = (tmp_path / "report.html").read_text()
+  for text in ("⟨end⟩", "recall@4", "blocks/mlp", "eigenvalue against", "rank"):
+    assert text in report
   again = run(command(tmp_path, *small, "--config.shown=1"))
   assert again.returncode == 0, again.stderr[-2000:]
   assert again.stdout.count(" -> ") == 1 and "training" not in again.stderr

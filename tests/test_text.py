@@ -105,6 +105,17 @@ def test_a_tokenizer_is_learned(tmp_path):
     text.learned(["a"], 256, "<|end|>")
 
 
+def test_pieces_join_to_the_text_and_keep_characters_whole():
+  by = text.byte_tokenizer()
+  found = text.pieces([*by.encode("né 𝄞"), by.end], by)
+  assert found == ["n", "", "é", " ", "", "", "", "𝄞", ""]
+  broken = text.pieces([*by.encode("a"), 0xC3], by)
+  assert broken == ["a", "\ufffd"] and text.pieces([], by) == []
+  # As some decoders do, of which the first word has no space before it.
+  words = by._replace(decode=lambda ids: " ".join(f"w{i}" for i in ids))
+  assert text.pieces([1, 2, 3], words) == ["w1", " w2", " w3"]
+
+
 def test_words_are_numbered_alike_in_all_texts():
   (first, second), count = text.words(["A dog, a cat.", "The cat"])
   assert first[0] == first[3] and first[4] == second[1]  # after the comma

@@ -54,6 +54,14 @@ def test_recorded_mappings_join(tmp_path):
   }
 
 
+def test_what_is_said_is_printed_and_kept(tmp_path, capsys):
+  workdir = Workdir(tmp_path, {"seed": 0})
+  workdir.say("one")
+  workdir.say("two")
+  assert capsys.readouterr().out == "one\ntwo\n"
+  assert workdir.said == ["one", "two"] and workdir.config == {"seed": 0}
+
+
 def test_config_tuples_survive_the_round_trip(tmp_path):
   Workdir(tmp_path, {"features": (8, 8)})
   Workdir(tmp_path, {"features": (8, 8)})

@@ -187,6 +187,23 @@ def encode(
   return [np.asarray([*by.encode(text), by.end], np.int32) for text in bar]
 
 
+def pieces(tokens: Sequence[int], by: Tokenizer) -> list[str]:
+  """The text that each token adds; joined, that of all.
+
+  A character of several tokens is the last one's, and the others are empty.
+  """
+  found, context, done = [], 0, 0
+  for i in range(1, len(tokens) + 1):
+    # A token's text can depend on the one before, as its space does.
+    known, text = by.decode(tokens[context:done]), by.decode(tokens[context:i])
+    if text.endswith("\ufffd") and i < len(tokens):
+      found.append("")
+      continue
+    found.append(text[len(known) :])
+    context, done = done, i
+  return found
+
+
 def words(texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
   """Numbers of the words and marks of each text, and how many differ.
 

@@ -2,6 +2,7 @@
 
     config.json    the run's settings; another run's folder is refused
     metrics.json   results, and `seconds` by stage
+    report.html    what was said and drawn, by `tda.report.run`
     STAGE.npz      what a finished stage returned; it is not run again
 
 Stages that take long keep parts of their own in folders beside these.
@@ -33,7 +34,8 @@ class Workdir:
   def __init__(self, path: str | os.PathLike, config: Mapping[str, Any]):
     self.path = Path(path)
     self.path.mkdir(parents=True, exist_ok=True)
-    fields = json.loads(json.dumps(dict(config)))
+    self.said: list[str] = []
+    self.config = fields = json.loads(json.dumps(dict(config)))
     record = self.path / "config.json"
     if record.exists():
       _check_same(record, json.loads(record.read_text()), fields)
@@ -62,6 +64,11 @@ class Workdir:
   def folder(self, name: str) -> str:
     """Where a stage keeps its parts."""
     return str(self.path / name)
+
+  def say(self, text: str) -> None:
+    """Prints a result, which the run's report shows as well."""
+    print(text)
+    self.said.append(text)
 
   def metrics(self) -> dict[str, Any]:
     """What has been recorded so far."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
 COLUMNS = 4
+POINTS = 200  # of a spectrum
 Line = tuple[ArrayLike, ArrayLike]  # x [K], y [K]
 
 
@@ -78,6 +79,29 @@ def lines(
     frameon=False,
   )
   style.finish(figure, path, "")
+
+
+def spectra(path: str | Path, eigenvalues: Mapping[str, ArrayLike]) -> None:
+  """Eigenvalues of each block, largest first; those at 0 are left out.
+
+  Args:
+    path: PNG to write.
+    eigenvalues: block -> [any], its layers together.
+  """
+  found = {}
+  for name, values in eigenvalues.items():
+    ordered = np.sort(np.ravel(values))[::-1]
+    count = int((ordered > 0).sum())
+    places = np.unique(np.geomspace(1, max(count, 1), POINTS).astype(int))
+    if count:
+      found[name] = places, ordered[places - 1]
+  lines(
+    path,
+    {"": found},
+    xlabel="place of the direction",
+    ylabel="eigenvalue",
+    log_x=True,
+  )
 
 
 def _powers(axes: "Axes", xs: list[ArrayLike]) -> None:

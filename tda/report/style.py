@@ -48,11 +48,37 @@ def tidy(axes: "Axes", grid: str) -> None:
 
 
 def finish(figure: "Figure", path: str | Path, title: str) -> None:
-  """Gives a figure its title, if any, and writes it."""
+  """Gives a figure its title, if any, and writes it.
+
+  What it shows in words goes into the file as its description.
+  """
   if title:
     figure.suptitle(title, size=TITLE, color=INK, x=0.01, ha="left")
   # No date or version inside: the same figure is the same file.
-  figure.savefig(path, format="png", metadata={"Software": None})
+  metadata = {"Software": None, "Description": described(figure)}
+  figure.savefig(path, format="png", metadata=metadata)
+
+
+def described(figure: "Figure") -> str:
+  """A figure's title, axes, panels and series, for those who do not see it."""
+  axes = figure.axes
+  each = lambda texts: [*dict.fromkeys(x for x in texts if x.strip())]
+  across = each([figure.get_supxlabel(), *(x.get_xlabel() for x in axes)])
+  up = each([figure.get_supylabel(), *(x.get_ylabel() for x in axes)])
+  panels = each(x.get_title(loc=s) for x in axes for s in ("left", "center"))
+  legends = [legend for x in axes if (legend := x.get_legend())]
+  named = [t for x in (*figure.legends, *legends) for t in x.get_texts()]
+  ticks = [t for x in axes for t in x.get_yticklabels()]
+  words = [t.get_text() for t in ticks if t.get_text()[:1].isalpha()]
+  texts = [t.get_text() for x in axes for t in x.texts]
+  shown = each([*(t.get_text() for t in named), *words, *texts])
+  sentences = [
+    figure.get_suptitle(),
+    " against ".join("; ".join(x) for x in (up, across) if x),
+    panels and f"Panels: {'; '.join(panels)}",
+    shown and f"Shown: {', '.join(shown)}",
+  ]
+  return ". ".join(" ".join(x.split()) for x in sentences if x)
 
 
 def looks(
