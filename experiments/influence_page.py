@@ -1,6 +1,6 @@
 """What `influence_lm` puts on the page of its run: documents by token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -76,12 +76,7 @@ def tokens(
   """
   rows, queries = packed
   texts = [shown.task.texts[i] for i in shown.documents()]
-  encoded = text.encode(texts, fit.model.tokenizer)
-  # One document a row, and its pieces in order.
-  alone = [packing.pack([x], setting.length, seed=None) for x in encoded]
-  probes = {
-    name: np.concatenate([part[name] for part in alone]) for name in rows
-  }
+  probes, sizes = alone(texts, fit.model.tokenizer, setting.length)
   score = influence.scorer(
     fit.found,
     fit.objective,
@@ -97,8 +92,23 @@ def tokens(
   scale = len(probes["x"]) / len(rows["x"])  # scores are of a mean over rows
   return {
     "values": scale * found.values[probes["mask"] > 0],
-    "sizes": np.array([len(x) - 1 for x in encoded]),
+    "sizes": sizes,
   }
+
+
+def alone(
+  texts: Sequence[str], by: Tokenizer, length: int
+) -> tuple[Rows, np.ndarray]:
+  """Rows of one document each, its pieces in order, and how many are predicted.
+
+  The tokens where a row's mask is 1 are those of the documents in turn.
+  """
+  encoded = text.encode(texts, by)
+  rows = [packing.pack([x], length, seed=None) for x in encoded]
+  return (
+    {name: np.concatenate([part[name] for part in rows]) for name in rows[0]},
+    np.array([len(x) - 1 for x in encoded]),
+  )
 
 
 def section(
@@ -113,7 +123,7 @@ def section(
   }
 
   def document(i: int, rank: int, q: int) -> Document:
-    coloured = _tokens(words[i], values[i][:, q])
+    coloured = scored(words[i], values[i][:, q])
     score = float(shown.scores[i, q])
     return Document(rank, task.names[i], score, tokens=coloured)
 
@@ -134,7 +144,7 @@ def section(
   return Section("Queries", [UNIT, *rankings])
 
 
-def _tokens(words: list[str], values: np.ndarray) -> list[tuple[str, float]]:
+def scored(words: list[str], values: np.ndarray) -> list[tuple[str, float]]:
   """Each word with its score; the first token is not predicted."""
   found, carried = [], 0.0
   for word, value in zip(words, (0.0, *values), strict=True):

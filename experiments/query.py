@@ -8,8 +8,9 @@
 Queries are those of the store's config, a prompt and a completion, or many from
 a JSONL file of them ("prompt" and "completion"). Prints the first and last
 documents of each by an exact search of the whole store, or of what a lexical
-first stage keeps, and writes them to STORE/queries. Of planted facts it says
-how often they are found, by every method.
+first stage keeps, and writes them to a folder of STORE/queries, whose report
+shows them token by token. Of planted facts it says how often they are found, by
+every method.
 """
 
 import json
@@ -19,13 +20,14 @@ import time
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import influence_task, store_task
+from experiments import influence_task, query_page, reports, store_task
 from experiments.store_task import Run
 from tda import records, streams
 from tda.attribution import language as attribution
 from tda.attribution import logra
 from tda.data import retrieval
 from tda.evaluation import ranking
+from tda.evaluation.workdir import Workdir
 from tda.models import decoder
 from tda.report import tables
 from tda.report.names import display
@@ -73,20 +75,24 @@ def main(_) -> None:
     lens, _K.value, among=among, damaged=_DAMAGED.value, label="search"
   )
   seconds = time.monotonic() - started
+  how = {"method": _METHOD.value, "k": _K.value, "first_stage": _FIRST.value}
+  how |= {"damping": _DAMPING.value, "inverse": _INVERSE.value}
+  which = records.digest([rows, *map(str, how.values())])[:8]
+  workdir = Workdir(run.workdir.path / "queries" / which, how)
   show(run, pairs, found)
   for said in found.lost:
-    print(f"not searched: {said}")
+    workdir.say(f"not searched: {said}")
   print(f"\n{store.rows} rows searched in {seconds:.2f} s")
   if among is not None and not found.lost:
-    print(kept(lens, among))
+    workdir.say(kept(lens, among))
   if run.task.kinds is not None and pairs == run.task.pairs:
-    print(f"\n{retrieved(run, store, rows)}")
-  how = [_METHOD.value, str(_DAMPING.value), _INVERSE.value]
-  which = records.digest([rows, *how])[:8]
-  path = pathlib.Path(_STORE.value, "queries", f"{which}.json")
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(written(pairs, found), indent=2) + "\n")
-  print(f"written to {path}")
+    workdir.say(f"\n{retrieved(run, store, rows)}")
+  for key, value in written(pairs, found).items():
+    workdir.record(key, value)
+  shown = query_page.section(
+    run, log, lens, queries, pairs[: _SHOWN.value], found
+  )
+  reports.write(workdir, __doc__, shown)
 
 
 def seen(store: Store, rows: np.ndarray, method: str) -> Lens:
@@ -194,9 +200,6 @@ def written(pairs: list[tuple[str, str]], found: Ends) -> dict:
     ]
 
   return {
-    "method": _METHOD.value,
-    "damping": _DAMPING.value,
-    "inverse": _INVERSE.value,
     "not searched": found.lost,
     "queries": [
       {

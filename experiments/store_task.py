@@ -13,6 +13,7 @@ from experiments.language import Corpus, Model
 from tda import blocks, projections, streams
 from tda.attribution import logra
 from tda.attribution.logra import Logger
+from tda.blocks import Trace
 from tda.curvature import fitting
 from tda.evaluation.workdir import Workdir
 from tda.models import decoder
@@ -29,6 +30,16 @@ class Run(NamedTuple):
   corpus: Corpus
   workdir: Workdir
   model: Model
+
+  @property
+  def traced(self) -> Trace:
+    """The blocks whose gradients are stored."""
+    return blocks.trace(
+      decoder.objective(self.model.config).outputs,
+      self.model.params,
+      streams.example(self.corpus.rows),
+      select=decoder.SITES[self.setting.sites],
+    )
 
   @property
   def store(self) -> str:
@@ -72,10 +83,7 @@ def logger(run: Run, loop: streams.Loop) -> Logger:
   key = jax.random.key(setting.seed)
   sides = None
   if setting.projection != "random":
-    example = streams.example(rows)
-    found = blocks.trace(
-      objective.outputs, model.params, example, select=select
-    )
+    found = run.traced
     if setting.projection == "sparse":
       sides = projections.sparse(found, key, setting.dimension)
     else:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tda import blocks, gradients, streams
-from tda.attribution import influence, language, logra
+from tda.attribution import influence, language, logra, projected
 from tda.attribution.responses import Cosine, Identity
 from tda.curvature import fitting, kronecker
 from tda.data import packing, text
 from tda.inverse import spectral
 from tda.models import decoder
-from tda.store import lenses, search
+from tda.store import layout, lenses, search
 from tda.streams import Loop
 
 LENGTH = 12
@@ -280,15 +280,26 @@ def test_a_store_has_a_row_for_each_piece_of_a_document(tmp_path):
     )
     options = {"dtype": "float32", "names": names, "per_shard": 2}
     store = log.build(tmp_path / folder, params, train, **options)
-    lens = lenses.lens(store, log.ask(params, queries), "dot")
-    return store, search.scores(lens)
+    lens = lenses.lens(store, log.ask(params, queries), "logra")
+    return store, search.scores(lens), (log, lens)
 
-  store, scores = scored("packed", rows, "segments", names)
+  store, scores, (log, lens) = scored("packed", rows, "segments", names)
   assert store.rows == len(documents) + 1 > len(rows["x"])
   found, total = search.by_document(scores * store.rows, store.names)
   single, owners = alone(documents), [0, 1, 2, 3, 3, 4, 5]
   repeated = [names[i] for i in owners]
-  apart, each = scored("alone", single, "rows", repeated)
+  apart, each, _ = scored("alone", single, "rows", repeated)
   wanted, want = search.by_document(each * apart.rows, apart.names)
   order = [found.index(name) for name in wanted]
   close(total[order], want, atol=1e-4 * np.abs(want).max())
+  # By token along the same directions, which is how a report shows them.
+  seen = layout.split(jnp.asarray(lens.directions), log.layout)
+  fixed = projected.back(seen, log.sides)
+  found = model()[-1]
+  score = influence.scorer(found, aim, shares="tokens")
+  tokens = score(params, rows, queries, {"seen": lambda grads: fixed})["seen"]
+  owned = [
+    tokens.values[rows["documents"] == i].sum(axis=0) * len(rows["x"])
+    for i in range(len(documents))
+  ]
+  close(np.array(owned), want / apart.rows, atol=1e-4 * np.abs(want).max())

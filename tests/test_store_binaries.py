@@ -52,8 +52,9 @@ def test_planted_facts_are_looked_for(built):
   done = run("query", f"--store={folder}", "--k=3", "--first_stage=20")
   assert done.returncode == 0, done.stderr[-2000:]
   assert done.stdout.count(" for it") == 3 and "the first stage" in done.stdout
-  (path,) = (folder / "queries").glob("*.json")
-  found = json.loads(path.read_text())["queries"]
+  (path,) = (folder / "queries").iterdir()
+  found = json.loads((path / "metrics.json").read_text())["queries"]
+  assert "copy of fact 0" in (path / "report.html").read_text()
   assert [len(x["first"]) for x in found] == [3] * 3
   for query in found:
     scores = [x["score"] for x in query["first"] + query["last"][::-1]]

@@ -78,7 +78,7 @@ def holds(texts: Sequence[str], answers: Sequence[str | None]) -> np.ndarray:
   plain = lambda text: " ".join(text.lower().split())
   said = [plain(text) for text in texts]
   wanted = [plain(answer) if answer else None for answer in answers]
-  found = [[bool(x) and x in text for x in wanted] for text in said]
+  found = [[x is not None and x in text for x in wanted] for text in said]
   return np.array(found, bool).reshape(len(texts), len(answers))
 
 
@@ -96,11 +96,11 @@ def found(scores: np.ndarray, right: np.ndarray, k: int) -> dict[str, float]:
       f"scores {scores.shape}, documents with the answer {right.shape} and"
       f" k={k}: both are [D, Q], and k from 1 to D"
     )
-  asked_Q = right.any(axis=0)
+  asked_Q = np.asarray(right.any(axis=0))
   if not asked_Q.any():
     return {"queries": 0.0, "found": float("nan"), "chance": float("nan")}
   first_kxQ = np.argsort(-scores, axis=0, kind="stable")[:k]
-  hit_Q = np.take_along_axis(right, first_kxQ, 0).any(axis=0)[asked_Q]
+  hit_Q = np.take_along_axis(right, first_kxQ, 0)[:, asked_Q].any(axis=0)
   size, many_Q = len(scores), right.sum(axis=0)[asked_Q]
   # That none of the k is right, drawn without putting back.
   steps_kxQ = np.arange(k)[:, None]
