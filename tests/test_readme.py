@@ -1,4 +1,4 @@
-"""The README's library example runs as it stands and does what it says."""
+"""The README's library examples run as they stand and do what they say."""
 
 import pathlib
 import re
@@ -8,8 +8,9 @@ import numpy as np
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def test_the_library_example_runs(capsys):
-  (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+def test_the_library_examples_run(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code, more = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
   assert len(code.strip().splitlines()) <= 26
   scope: dict = {}
   exec(compile(code, str(README), "exec"), scope)
@@ -20,3 +21,7 @@ def test_the_library_example_runs(capsys):
   same = data["y"][top] == data["y"][1400:1410, None]
   assert same.mean() > 0.7  # by chance 0.1
   assert str(top.tolist()[0][0]) in capsys.readouterr().out
+  exec(compile(more, str(README), "exec"), scope)
+  same = data["y"][scope["found"].top.rows] == data["y"][1400:1410, None]
+  assert same.mean() > 0.7
+  assert (tmp_path / "store" / "manifest.json").exists()
