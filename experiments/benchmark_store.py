@@ -17,8 +17,9 @@ against the bytes a second of the largest product of a matrix in float32 with
 one vector, or on an accelerator of a sum over the same array.
 
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
-1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .81 with 16 directions
-of each side and .84 with 64, 1.21 of dd's .49 GB/s, and 1.14 of the sum's speed.
+1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .81 with 16
+directions of each side and .84 with 64, 1.21 of dd's .49 GB/s, and 1.14 of the
+sum's speed.
 """
 
 import json

@@ -20,8 +20,8 @@ measurement that is their mean loss, and take `values.max(axis=1)`.
 Notation: N examples, Q queries, B batch, K dimensions.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ import optax
 from tda import blocks, gradients, projections, streams
 from tda.attribution import adam
 from tda.attribution.influence import coverage
-from tda.blocks import Blocks
+from tda.blocks import Blocks, Trace
 from tda.likelihoods import Loss, Objective
 from tda.runs import Checkpoint
 from tda.scores import SIMILARITY, Scores
@@ -39,6 +39,13 @@ from tda.streams import Loop
 
 Array = jax.Array
 PyTree = Any
+
+
+class Updates(NamedTuple):
+  """What an optimizer makes of the gradient of one example."""
+
+  step: Callable[[Blocks, PyTree], Blocks]  # (gradients [B, ...], state)
+  state: PyTree
 
 
 def attribute(
@@ -96,9 +103,7 @@ def attribute(
       own = jax.random.fold_in(key, i)
       rows = projections.rademacher(found, own, dimension)
     with streams.said_of(name):
-      first, second, steps = adam.moments(point.opt_state)
-      first, second = (adam.in_blocks(found, x) for x in (first, second))
-      state = optax.ScaleByAdamState(steps, first, second)
+      state = _state(found, point)
     with streams.said_of(f"{name}, train"):
       given = stage.stage("train")
       train_NxK = ours(point.params, train, (state, rows), loop=given)
@@ -113,6 +118,36 @@ def attribute(
     normaliser=1,
     coverage=coverage(found),
   )
+
+
+def updates(
+  found: Trace,
+  point: Checkpoint,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+) -> Updates:
+  """Γ of a checkpoint, for a store of it (`logra.logger`).
+
+  A lens "cosine" on it, its directions times η_k, is the checkpoint's part of
+  the sum, with projections of each side in place of those of all parameters.
+  Arguments and errors are those of `attribute`.
+  """
+  _check([point], [1.0], None, None, b1, b2)
+  adam_step = optax.scale_by_adam(b1, b2, eps).update
+
+  def step(grads: Blocks, state: PyTree) -> Blocks:
+    return jax.vmap(lambda one: adam_step(one, state)[0])(grads)
+
+  return Updates(step, _state(found, point))
+
+
+def _state(found: Trace, point: Checkpoint) -> optax.ScaleByAdamState:
+  """Adam's moments in blocks."""
+  first, second, steps = adam.moments(point.opt_state)
+  first, second = (adam.in_blocks(found, x) for x in (first, second))
+  return optax.ScaleByAdamState(steps, first, second)
 
 
 def _passes(found, objective, measurement, decays):

@@ -32,6 +32,7 @@ import numpy as np
 
 from tda import blocks, gradients, meshes, parts, projections, records, streams
 from tda.attribution import language, products, projected
+from tda.attribution.less import Updates
 from tda.attribution.responses import Operator
 from tda.blocks import Blocks, Trace
 from tda.likelihoods import Loss, Objective
@@ -76,6 +77,7 @@ def logger(
   sides: Mapping[str, Sides] | None = None,
   select: str | Sequence[str] | None = None,
   shares: str = "rows",
+  updates: Updates | None = None,
 ) -> Logger:
   """Traces the objective, and draws directions unless they are given.
 
@@ -88,6 +90,8 @@ def logger(
     sides: directions by block, as of `projections.principal`.
     select: patterns of the blocks, as in `blocks.trace`.
     shares: "rows", or "segments" with a row for each document of packed rows.
+    updates: what is stored in place of gradients, as of `less.updates`; these
+      are formed, of whole rows. Queries stay gradients.
 
   Raises:
     ValueError: neither a key nor directions, or shares that the gradients do
@@ -102,9 +106,14 @@ def logger(
   if shares == "tokens":
     raise ValueError("a store has rows or segments, not tokens")
   products.check_shares(found, objective, shares)
+  if updates is not None and shares != "rows":
+    raise ValueError(f"updates are of rows, not of {shares}")
   given, spans = dict(sides), layout.spans(found, sides)
   of = functools.cache(functools.partial(_features, found, objective, spans))
   asker = functools.cache(functools.partial(_measured, found, spans))
+  updated = functools.cache(
+    functools.partial(_updated, found, objective, spans)
+  )
 
   def build(folder, params, train, *, dtype="bfloat16", names=None, **options):
     held, count = None, products.parts_of(shares, objective, train)
@@ -118,6 +127,11 @@ def logger(
       "projection": records.digest(given),
       "features": f"gradients of {shares}",
     }
+    features, operands = of(shares, count), (params, given)
+    if updates is not None:
+      about["features"] = f"updates {records.digest(updates.state)} of rows"
+      features = updated(updates.step)
+      operands = (params, (updates.state, given))
     if jax.process_index() == 0:
       disk.create(Path(folder), spans, dtype, about)
       _save(Path(folder) / PROJECTION, given)
@@ -125,8 +139,8 @@ def logger(
     return writing.build(
       folder,
       spans,
-      of(shares, count),
-      (params, given),
+      features,
+      operands,
       train,
       about=about,
       dtype=dtype,
@@ -222,6 +236,23 @@ def _measured(
 ) -> Callable:
   """Those of the gradients of a function of (params, query)."""
   return _joined(projected.of_measurement(found, measurement), spans)
+
+
+def _updated(
+  found: Trace,
+  objective: Objective,
+  spans: Sequence[layout.Span],
+  step: Callable[[Blocks, PyTree], Blocks],
+) -> Callable:
+  """Those of what an optimizer makes of the gradients."""
+  run = gradients.per_example(found, objective)
+
+  def projected_steps(params, batch, operands):
+    state, sides = operands
+    grads, finite = run(params, batch)
+    return projected.along(step(grads, state), sides), finite
+
+  return _joined(projected_steps, spans)
 
 
 def _joined(run: Callable, spans: Sequence[layout.Span]) -> Callable:
