@@ -127,11 +127,12 @@ def logger(
       "projection": records.digest(given),
       "features": f"gradients of {shares}",
     }
-    features, operands = of(shares, count), (params, given)
+    features = of(shares, count)
+    carried: PyTree = given
     if updates is not None:
       about["features"] = f"updates {records.digest(updates.state)} of rows"
       features = updated(updates.step)
-      operands = (params, (updates.state, given))
+      carried = updates.state, given
     if jax.process_index() == 0:
       disk.create(Path(folder), spans, dtype, about)
       _save(Path(folder) / PROJECTION, given)
@@ -140,7 +141,7 @@ def logger(
       folder,
       spans,
       features,
-      operands,
+      (params, carried),
       train,
       about=about,
       dtype=dtype,
