@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("grain")
@@ -49,7 +50,8 @@ def test_a_store_is_built_once(built):
 
 def test_planted_facts_are_looked_for(built):
   folder, _ = built
-  done = run("query", f"--store={folder}", "--k=3", "--first_stage=20")
+  flags = ("--k=3", "--first_stage=20", "--tail_patch=1")
+  done = run("query", f"--store={folder}", *flags)
   assert done.returncode == 0, done.stderr[-2000:]
   assert done.stdout.count(" for it") == 3 and "the first stage" in done.stdout
   (path,) = (folder / "queries").iterdir()
@@ -61,6 +63,7 @@ def test_planted_facts_are_looked_for(built):
     assert scores == sorted(scores, reverse=True)
   retrieval = json.loads((folder / "metrics.json").read_text())["retrieval"]
   assert retrieval["bm25"]["MRR"] == 1
+  assert np.isfinite([x["tail-patch"] for x in retrieval.values()]).all()
   assert {"logra", "relatif", "dot", "cosine", "trackstar"} <= {*retrieval}
 
 
