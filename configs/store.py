@@ -7,8 +7,12 @@ does a store of projected gradients still find, in how much less space?
   python -m experiments.query --store=workdir/build_store/store
   (--config=configs/store.py:smoke for a small run)
 
-Another corpus and model:
+Books, code, speeches, dialogue and maths, as in `configs/mixed_lm.py`, or any
+other documents:
 
+  python -m experiments.build_store --config=configs/store.py:mixed \
+    --config.documents=corpora --config.tokenizer=corpora
+  python -m experiments.procedural --store=workdir/build_store/store_mixed
   python -m experiments.build_store --config=configs/store.py \
     --config.documents=FOLDER --config.pattern="*.txt" --config.model=FILE.gguf
 
@@ -17,13 +21,16 @@ Hardware: two CPU cores. Time and numbers: see README.
 
 from ml_collections import ConfigDict
 
-from configs import planted_lm
+from configs import mixed_lm, planted_lm
 
-SIZES = planted_lm.SIZES
+SIZES = (*planted_lm.SIZES, "mixed")
 
 
 def get_config(size: str = "full") -> ConfigDict:
-  config = planted_lm.get_config(size)
+  if size == "mixed":
+    config = mixed_lm.get_config()
+  else:
+    config = planted_lm.get_config(size)
   config.name = "store" if size == "full" else f"store_{size}"
   config.projection = "random"  # or "sparse"; "principal" after a K-FAC pass
   config.dimension = 16  # of each side of a matrix
