@@ -117,17 +117,17 @@ def read(path: str) -> list[Query]:
 def own(run: Run) -> list[Query]:
   """Those of the store's config."""
   task = run.task
+  if not any(said for _, said in task.pairs):
+    raise ValueError(
+      f"{_STORE.value} has no queries of its own: give --queries"
+    )
   if task.held:
     names = [influence_kinds.of(name) for name in task.held]
   else:  # of facts the first words after the name
     names = [" ".join(prompt.split()[-2:]) for prompt, _ in task.pairs]
-  if not task.pairs:
-    raise ValueError(
-      f"{_STORE.value} has no queries of its own: give --queries"
-    )
   answers = [None if task.held else said.strip(" .") for _, said in task.pairs]
   each = zip(names, task.pairs, answers, strict=True)
-  return [Query(name, *pair, answer) for name, pair, answer in each]
+  return [Query(name, *pair, answer) for name, pair, answer in each if pair[1]]
 
 
 def analysed(

@@ -61,7 +61,7 @@ _INVERSE = flags.DEFINE_enum(
 _K = flags.DEFINE_integer("k", 5, "Documents of each end of each query.")
 _SHOWN = flags.DEFINE_integer("shown", 5, "Queries that are printed.")
 _FIRST = flags.DEFINE_integer(
-  "first_stage", 0, "Search only the so many best by BM25; 0: all."
+  "first_stage", 0, "Rank only the so many best by BM25; 0: all."
 )
 _PATCH = flags.DEFINE_integer(
   "tail_patch", 0, "Of planted facts: a step on each of the so many first."
@@ -83,7 +83,7 @@ def main(_) -> None:
   log = logra.reopened(store, objective, model.params, queries)
   loop = streams.Loop(run.setting.batch_size, "queries")
   rows = log.ask(model.params, queries, loop=loop)
-  lens = seen(store, rows, _METHOD.value)
+  lens = seen(store, rows, _METHOD.value, damaged=_DAMAGED.value)
   among = candidates(run, store, pairs)
   started = time.monotonic()
   found = search.ends(
@@ -100,7 +100,8 @@ def main(_) -> None:
   print(f"\n{store.rows} rows searched in {seconds:.2f} s")
   if among is not None and not found.lost:
     workdir.say(kept(lens, among))
-  if run.task.kinds is not None and pairs == run.task.pairs:
+  planted = run.task.kinds is not None and pairs == run.task.pairs
+  if planted and not found.lost:
     workdir.say(f"\n{retrieved(run, store, rows, queries)}")
   for key, value in written(pairs, found).items():
     workdir.record(key, value)
@@ -110,10 +111,17 @@ def main(_) -> None:
   reports.write(workdir, __doc__, shown)
 
 
-def seen(store: Store, rows: np.ndarray, method: str) -> Lens:
+def seen(
+  store: Store, rows: np.ndarray, method: str, *, damaged: bool = False
+) -> Lens:
   """The queries' view of the store, by the flags' damping and inverse."""
   return lenses.lens(
-    store, rows, method, damping=_DAMPING.value, inverse=_INVERSE.value
+    store,
+    rows,
+    method,
+    damping=_DAMPING.value,
+    inverse=_INVERSE.value,
+    damaged=damaged,
   )
 
 
@@ -177,6 +185,8 @@ def show(run: Run, pairs: list[tuple[str, str]], found: Ends) -> None:
     for end, title in ((found.top, "for it"), (found.bottom, "against it")):
       print(f" {title}")
       for score, name in zip(end.scores[q], end.names[q], strict=True):
+        if not name:  # what is left of a damaged store is less
+          continue
         said = " ".join(texts.get(name, "")[:SHOWN].split())
         print(f"  {score:+10.4g}  {name}: {said}")
 
@@ -235,6 +245,7 @@ def written(pairs: list[tuple[str, str]], found: Ends) -> dict:
     return [
       {"score": float(score), "document": name, "row": int(row)}
       for score, name, row in each
+      if row >= 0
     ]
 
   return {

@@ -20,8 +20,9 @@ from tda.store.search import Ends, Found, Lens
 UNIT = (
   "Scores of projected gradients: without a document of a positive score the"
   " completion, in bold, would be less likely, and without one of a negative"
-  " score more. The score of a row is the sum of those of its tokens, each of"
-  " them for being predicted from what stands before it."
+  " score more. The score of a document is the sum of those of its tokens, each"
+  " for being predicted from what stands before it; one that was cut into"
+  " pieces is shown whole at the score of each."
 )
 
 
@@ -37,7 +38,8 @@ def section(
   count = len(pairs)
   rows = np.concatenate([x.rows[:count] for x in found[:2]], axis=None)
   rows = np.unique(rows[rows >= 0])
-  names = [lens.store.names[i] for i in rows]
+  named = lens.store.names
+  names = [named[i] for i in rows]
   known = dict(zip(run.task.names, run.task.texts, strict=True))
   coloured = _tokens(run, log, lens, queries, count, known, rows, names)
   layers = _layers(lens, rows, count)

@@ -17,6 +17,7 @@ from tda.blocks import Trace
 from tda.curvature import fitting
 from tda.evaluation.workdir import Workdir
 from tda.models import decoder
+from tda.store import disk
 
 PROJECTIONS = ("random", "sparse", "principal")
 STORE = "store"
@@ -82,7 +83,9 @@ def logger(run: Run, loop: streams.Loop) -> Logger:
   select = decoder.SITES[setting.sites]
   key = jax.random.key(setting.seed)
   sides = None
-  if setting.projection != "random":
+  if pathlib.Path(run.store, logra.PROJECTION).exists():
+    sides = logra.directions(disk.opened(run.store))  # the same to the bit
+  elif setting.projection != "random":
     found = run.traced
     if setting.projection == "sparse":
       sides = projections.sparse(found, key, setting.dimension)

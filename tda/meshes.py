@@ -43,6 +43,15 @@ def spread(batch: PyTree, over: Mesh | None) -> PyTree:
   return jax.tree.map(lambda x: _placed(x, rows), batch)
 
 
+def places(size: int, over: Mesh | None) -> dict[jax.Device, slice]:
+  """Which of so many rows each device holds when they are spread."""
+  if over is None:
+    return {jax.local_devices()[0]: slice(0, size)}
+  sharding = NamedSharding(over, P("data"))
+  found = sharding.devices_indices_map((size,))
+  return {device: index[0] for device, index in found.items()}
+
+
 def constrained(tree: PyTree, over: Mesh | None) -> PyTree:
   """Inside a jitted function: rows of the result split as `spread` does."""
   if over is None:

@@ -86,6 +86,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
   try:
     with os.fdopen(handle, "wb") as file:
       yield file
+      file.flush()
+      os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(name, 0o666 & ~mask)  # temporary files are their owner's alone
     os.replace(name, path)
   except BaseException:
     os.unlink(name)

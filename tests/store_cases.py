@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from tda import blocks, gradients, likelihoods, projections, streams
+from tda import blocks, gradients, likelihoods, projections, runs, streams
 from tda.attribution import logra
 from tda.store import layout, reading
 
@@ -53,7 +54,7 @@ def build(folder, train=None, *, log=None, **options):
 def rows(store):
   """All of a store [N, F], float32."""
   found = [
-    np.array(layout.decode(block.rows, store.layout))
+    np.array(layout.decode(block.rows, store.layout))[: block.count]
     for block in reading.blocks(store)
   ]
   return np.concatenate(found)
@@ -71,6 +72,13 @@ def traced():
 def sides():
   """The directions that `build` draws."""
   return projections.two_sided(traced(), key(), 5)
+
+
+def trained():
+  """A checkpoint of two steps with Adam."""
+  stage = runs.Stage(OBJECTIVE.loss, data(), optax.adam(0.01), 1, 12)
+  init = lambda key: model()
+  return runs.checkpoints(init, [stage], [jnp.ones(23)], key(), [1])[0]
 
 
 def dense(rows):

@@ -79,7 +79,8 @@ def alone():
 def test_each_process_writes_its_part_of_a_store(together, tmp_path):
   want = store_cases.rows(store_cases.build(tmp_path / "s"))
   for found in together:
-    np.testing.assert_allclose(found["stored"], want, rtol=1e-5, atol=1e-6)
+    for name in ("stored", "turned", "whole"):
+      np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-6)
   assert [[*found["shards"]] for found in together] == [[0, 2, 4], [1, 3, 5]]
 
 

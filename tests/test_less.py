@@ -154,7 +154,7 @@ def test_stores_of_updates_give_the_same_scores(tmp_path):
       updates=less.updates(found, point, **DECAYS),
     )
     store = log.build(tmp_path / str(i), point.params, p.data, dtype="float32")
-    assert store.about["features"].startswith("updates ")
+    assert store.about["features"].startswith("Adam's updates")
     lens = lenses.lens(store, log.ask(point.params, asked), "cosine")
     seen.append(lens._replace(directions=rate * lens.directions))
   want = find("tanh", dimension=None, key=None).values

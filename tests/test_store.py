@@ -10,8 +10,10 @@ import pytest
 import store_cases
 import tensorstore as ts
 
-from tda import meshes, streams
+from tda import likelihoods, meshes, streams
+from tda.attribution import less, logra
 from tda.store import disk, layout, reading, writing
+from tda.store.layout import DTYPES
 
 
 def features(rows):
@@ -114,7 +116,7 @@ def test_later_data_are_added_and_nothing_is_written_twice(tmp_path):
   files = {
     path: path.stat().st_mtime_ns
     for path in (tmp_path / "s").rglob("*")
-    if path.is_file() and "projection" not in path.name
+    if path.is_file() and path.name not in ("projection.npz", "lock")
   }
   with pytest.raises(ValueError, match=r"other data.*append=True"):
     store_cases.build(tmp_path / "s", second)
@@ -146,14 +148,73 @@ def test_a_damaged_shard_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"rows 8 to 11, shard 2 of .*damaged"):
     store_cases.rows(store)
   lost = []
-  kept = [np.array(b.rows.values) for b in reading.blocks(store, lost=lost)]
+  kept = [
+    np.array(b.rows.values)[: b.count] for b in reading.blocks(store, lost=lost)
+  ]
   np.testing.assert_array_equal(
     np.concatenate(kept), np.delete(whole, range(8, 12), axis=0)
   )
   assert len(lost) == 1 and "shard 2" in lost[0]
   path.unlink()  # what is not there reads as zeros in zarr, and not here
-  with pytest.raises(ValueError, match="shard 2"):
-    store_cases.rows(store)
+  for read in (store_cases.rows, lambda store: reading.take(store, [9])):
+    with pytest.raises(ValueError, match="shard 2"):
+      read(store)
+
+
+@pytest.mark.parametrize("number", [0, 5])  # a full one, and the last
+@pytest.mark.parametrize("size", [0, 40])
+def test_a_damaged_shard_is_built_again(tmp_path, number, size):
+  store = store_cases.build(tmp_path / "s")
+  whole = store_cases.rows(store)
+  path = tmp_path / f"s/parts/000/rows/c/{number}/0"
+  path.write_bytes(path.read_bytes()[:size])
+  (tmp_path / f"s/parts/000/shards/{number:06d}.json").unlink()
+  store = store_cases.build(tmp_path / "s")
+  np.testing.assert_allclose(  # in batches of another size
+    store_cases.rows(store), whole, rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_zeros_are_kept(tmp_path, dtype):
+  rows = store_cases.data()
+  rows["x"][4:8] = 0
+
+  def masked(params, example):  # an example whose gradient vanishes
+    return store_cases.OBJECTIVE.loss(params, example) * example["x"].any()
+
+  log = logra.logger(
+    likelihoods.from_loss(masked),
+    store_cases.model(),
+    rows,
+    key=store_cases.key(),
+    dimension=5,
+  )
+  store = log.build(
+    tmp_path, store_cases.model(), rows, dtype=dtype, per_shard=4
+  )
+  got = store_cases.rows(store)
+  assert (got[4:8] == 0).all() and (np.abs(got).max(axis=1) > 0).sum() == 19
+
+
+def test_rows_are_numbered_through_all_parts(tmp_path):
+  store_cases.build(tmp_path / "s")
+  second = store_cases.data(9, seed=2)
+  store = store_cases.build(tmp_path / "s", second, append=True)
+  assert store.names == tuple(map(str, range(32)))
+
+
+def test_a_store_is_of_the_updates_that_it_was_built_with(tmp_path):
+  point = store_cases.trained()
+
+  def build(**options):
+    updates = less.updates(store_cases.traced(), point, **options)
+    log = store_cases.logger(updates=updates)
+    return log.build(tmp_path, store_cases.model(), store_cases.data())
+
+  build(b1=0.9)
+  with pytest.raises(ValueError, match="is of another features"):
+    build(b1=0.5)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -191,7 +252,8 @@ def test_data_that_are_not_finite_are_named_and_the_rest_is_kept(tmp_path):
 
 def hold(path, ready, leave):
   (part,) = disk.opened(path).parts
-  with writing.locked(part, 0):
+  with (part.path / "shards" / "lock").open("w") as file:
+    writing.lock(file, part, 0)
     ready.set()
     leave.wait(60)
 
@@ -217,7 +279,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
   room = lambda path: usage._replace(free=1000)
   with monkeypatch.context() as patched:
     patched.setattr(shutil, "disk_usage", room)
-    with pytest.raises(ValueError, match="1e-06 GB are free: make room"):
+    with pytest.raises(ValueError, match="for 23 rows and 1e-06 GB are free"):
       store_cases.build(tmp_path / "s")
   write, count = disk.write, []
 

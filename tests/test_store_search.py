@@ -17,7 +17,7 @@ from tda.store.search import Lens
 def stored(tmp_path_factory):
   store = store_cases.build(tmp_path_factory.mktemp("store") / "s")
   rows = np.concatenate(
-    [np.array(b.rows.values) for b in reading.blocks(store)]
+    [np.array(b.rows.values)[: b.count] for b in reading.blocks(store)]
   )
   return store, rows.astype(np.float64), store_cases.ask()
 
@@ -222,6 +222,36 @@ def test_damage_is_named_or_passed_over(tmp_path):
   left = np.delete(np.arange(23), range(4, 8))
   want = left[np.argsort(-scores[left, 0], kind="stable")]
   np.testing.assert_array_equal(found.top.rows[0], want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_by_what_damage_leaves(tmp_path, method):
+  store = store_cases.build(tmp_path / "s")
+  asked = store_cases.ask()
+  (tmp_path / "s/parts/000/rows/c/1/0").unlink()
+  with pytest.raises(ValueError, match="rows 4 to 7, shard 1 of"):
+    search.scores(lenses.lens(store, asked, method, mixing=0.3))
+  lens = lenses.lens(store, asked, method, mixing=0.3, damaged=True)
+  found = search.ends(lens, 19, damaged=True).top
+  left = np.delete(np.arange(23), range(4, 8))
+  rows = np.concatenate(
+    [np.array(b.rows.values)[: b.count] for b in reading.blocks(store, lost=[])]
+  ).astype(np.float64)
+  want = expected(store, rows, asked, method)
+  if method in ("dot", "logra", "trak"):
+    want = want * 19 / 23  # of a change by one of all that there were
+  order = np.argsort(-want[:, 1], kind="stable")
+  np.testing.assert_array_equal(found.rows[1], left[order])
+  np.testing.assert_allclose(found.scores[1], want[order, 1], rtol=1e-3)
+  assert search.ends(lens, 23, damaged=True).top.rows[0, -1] == -1
+
+
+def test_shards_of_many_sizes_share_their_programs(tmp_path):
+  store = store_cases.build(tmp_path / "s", per_shard=5)  # the last has three
+  lens = lenses.lens(store, store_cases.ask())
+  search.products.clear_cache()
+  search.scores(lens)
+  assert search.products._cache_size() == 1
 
 
 def test_a_store_that_is_not_whole_is_not_searched(tmp_path):

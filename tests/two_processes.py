@@ -4,6 +4,7 @@ Started by `test_distributed`, with four fake devices in each process.
 """
 
 import sys
+import time
 
 import conformance
 import conftest  # noqa: F401  the settings of every test
@@ -16,7 +17,7 @@ import tiny
 from conformance import Variation
 from test_streams import dataset, summed
 
-from tda import meshes, streams
+from tda import meshes, records, streams
 from tda.inverse import spectral
 from tda.store import disk
 from tda.streams import Loop
@@ -37,6 +38,13 @@ def main(port: str, process: str, folder: str) -> None:
   total = resumed_sum(loop._replace(directory=f"{folder}/sum", save_every=0))
   scores = conformance.run(Variation(methods=METHODS, loop=loop))
   scores["stored"], scores["shards"] = stored(f"{folder}/store", loop)
+  # Both have to keep what both hold, wherever the devices stand in the mesh.
+  turned = jax.sharding.Mesh(
+    loop.mesh.devices[::-1], ("data", "model"), axis_types=loop.mesh.axis_types
+  )
+  for name, mesh in (("turned", turned), ("whole", meshes.mesh(1, 8))):
+    more = loop._replace(mesh=mesh)
+    scores[name], _ = stored(f"{folder}/{name}", more, late=int(process))
   with jax.enable_x64(True):
     scores["cg"] = test_solvers.attribute(["cg"], DAMPING, loop=loop)[
       "cg"
@@ -46,13 +54,20 @@ def main(port: str, process: str, folder: str) -> None:
   np.savez(f"{folder}/scores_{process}.npz", total=total, **scores)
 
 
-def stored(folder: str, loop: Loop) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of a store, and the shards that this process wrote."""
-  written, write = [], disk.write
+def stored(
+  folder: str, loop: Loop, late: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of a store, and the shards that this process wrote.
+
+  One process is late at knowing its data, by so many seconds.
+  """
+  written, write, digest = [], disk.write, records.digest
+  records.digest = lambda tree: time.sleep(late) or digest(tree)
   disk.write = lambda part, number, name, values: (
     written.append(number) or write(part, number, name, values)
   )
   store = store_cases.build(folder, loop=loop)
+  disk.write, records.digest = write, digest
   return store_cases.rows(store), np.array(written)
 
 

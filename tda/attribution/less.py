@@ -44,6 +44,7 @@ PyTree = Any
 class Updates(NamedTuple):
   """What an optimizer makes of the gradient of one example."""
 
+  name: str  # with its settings
   step: Callable[[Blocks, PyTree], Blocks]  # (gradients [B, ...], state)
   state: PyTree
 
@@ -140,7 +141,8 @@ def updates(
   def step(grads: Blocks, state: PyTree) -> Blocks:
     return jax.vmap(lambda one: adam_step(one, state)[0])(grads)
 
-  return Updates(step, _state(found, point))
+  name = f"Adam's updates, b1={b1}, b2={b2}, eps={eps}"
+  return Updates(name, step, _state(found, point))
 
 
 def _state(found: Trace, point: Checkpoint) -> optax.ScaleByAdamState:

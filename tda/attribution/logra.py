@@ -82,7 +82,8 @@ def logger(
   """Traces the objective, and draws directions unless they are given.
 
   Args:
-    objective: model and likelihood.
+    objective: model and likelihood. A store does not know its loss: log
+      another in another folder.
     params: parameters, or their shapes.
     data: examples, of which only the shapes matter.
     key: of random directions, if none are given.
@@ -120,17 +121,22 @@ def logger(
     if shares == "segments":
       owners = language.owner(train, count)
       held = owners >= 0
-      if names is not None:
-        names = [names[d] for d in owners[held]]
+      if names is None and options.get("append"):
+        raise ValueError("documents that are added to others need names")
+      if names is None:
+        names = [str(d) for d in range(owners.max() + 1)]
+      names = [names[d] for d in owners[held]]
     about = {
       **_model(params, select),
       "projection": records.digest(given),
-      "features": f"gradients of {shares}",
+      "features": "gradients",
+      "shares": shares,
     }
     features = of(shares, count)
     carried: PyTree = given
     if updates is not None:
-      about["features"] = f"updates {records.digest(updates.state)} of rows"
+      state = records.digest(updates.state)
+      about["features"] = f"{updates.name} from the state {state}"
       features = updated(updates.step)
       carried = updates.state, given
     if jax.process_index() == 0:
@@ -160,7 +166,10 @@ def logger(
 def reopened(
   store: Store, objective: Objective, params: PyTree, data: PyTree
 ) -> Logger:
-  """The logger of a store that is there, to ask it or to add to it.
+  """The logger of a store that is there, to ask it, or to add gradients.
+
+  What is checked of the objective are its parameters and blocks; that its loss
+  is the one that was logged is the caller's to see to.
 
   Args:
     store: that a logger built.
@@ -179,7 +188,7 @@ def reopened(
     data,
     sides=directions(store),
     select=select,
-    shares=store.about["features"].split()[-1],
+    shares=store.about["shares"],
   )
   if log.layout != store.layout:
     raise ValueError(

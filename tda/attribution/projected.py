@@ -19,6 +19,8 @@ from tda.factors import Dense
 from tda.likelihoods import Loss
 from tda.projections import Sides
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def _project(block, parts, lanes, sides):
   del block, lanes
@@ -57,9 +59,11 @@ def along(grads: Blocks, sides: Mapping[str, Sides]) -> Blocks:
 
   def one(x, given):
     if given.inputs is not None:
-      x = jnp.einsum("b...oi,...ip->b...op", x, given.inputs)
+      x = jnp.einsum("b...oi,...ip->b...op", x, given.inputs, precision=HIGHEST)
     if given.outputs is not None:
-      x = jnp.einsum("b...oi,...ou->b...ui", x, given.outputs)
+      x = jnp.einsum(
+        "b...oi,...ou->b...ui", x, given.outputs, precision=HIGHEST
+      )
     return x
 
   return {name: one(x, sides[name]) for name, x in grads.items()}
@@ -70,9 +74,11 @@ def back(projected: Blocks, sides: Mapping[str, Sides]) -> Blocks:
 
   def one(x, given):
     if given.inputs is not None:
-      x = jnp.einsum("b...op,...ip->b...oi", x, given.inputs)
+      x = jnp.einsum("b...op,...ip->b...oi", x, given.inputs, precision=HIGHEST)
     if given.outputs is not None:
-      x = jnp.einsum("b...ui,...ou->b...oi", x, given.outputs)
+      x = jnp.einsum(
+        "b...ui,...ou->b...oi", x, given.outputs, precision=HIGHEST
+      )
     return x
 
   return {name: one(x, sides[name]) for name, x in projected.items()}

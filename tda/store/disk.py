@@ -30,6 +30,7 @@ from tda.store.layout import DTYPES, Span
 VERSION = 1
 CHUNK = 2**21  # bytes, about, that one checksum is of
 SHARD = 2**26  # bytes, about, of a shard
+ZEROS = {"store_data_equal_to_fill_value": True}  # or zeros are no file
 
 
 class Part(NamedTuple):
@@ -37,6 +38,7 @@ class Part(NamedTuple):
 
   path: Path
   digest: str
+  rows: int
   examples: int
   per_shard: int  # examples
   chunk: int  # rows that one checksum is of
@@ -190,10 +192,19 @@ def add(path: Path, digest: str, cut: Mapping[str, int]) -> None:
 def write(
   part: Part, number: int, name: str, values: np.ndarray
 ) -> ts.WriteFutures:
-  """Begins to write the rows of one shard into an array of its part."""
+  """Begins to write the rows of one shard into an array of its part.
+
+  What a damaged or unfinished one left is not read, and goes.
+  """
+  file(part, number, name).unlink(missing_ok=True)
   into = array(part.path / name)
   first = number * part.capacity
   return into[first : first + len(values)].write(values)
+
+
+def file(part: Part, number: int, name: str) -> Path:
+  """That of a shard, by the array's name."""
+  return part.path / name / "c" / str(number) / "0"
 
 
 def finish(part: Part, number: int, rows: int, names: Sequence[str]) -> None:
@@ -209,19 +220,27 @@ def missing(part: Part) -> list[int]:
 def cut(
   layout: Sequence[Span],
   dtype: str,
-  examples: int,
+  counts: np.ndarray,
   each: int,
   per_shard: int | None,
+  processes: int = 1,
 ) -> dict[str, int]:
-  """How a data set of so many examples, of `each` rows at most, is cut."""
+  """How a data set is cut, whose examples have `counts` rows, `each` at most.
+
+  Unless it is said how many examples a shard has, they are as many as make 64
+  MiB, and few enough that every process has a shard to fill.
+  """
+  examples = len(counts)
   row = layout[-1].stop * jnp.dtype(dtype).itemsize
   if per_shard is None:
     per_shard = max(1, SHARD // (row * each))
+    per_shard = min(per_shard, math.ceil(examples / processes))
   if per_shard < 1:
     raise ValueError(f"{per_shard} examples in a shard: take 1 or more")
   per_shard = min(per_shard, examples)
   chunk = min(max(1, CHUNK // row), per_shard * each)
   return {
+    "rows": int(counts.sum()),
     "examples": examples,
     "per_shard": per_shard,
     "chunk": chunk,
@@ -261,6 +280,7 @@ def _make(path: Path, part: Part, dtype: Any, columns: int) -> None:
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": str(path)},
     "metadata": metadata,
+    **ZEROS,
   }
   ts.open(spec, create=True, delete_existing=True).result()
 
@@ -270,6 +290,7 @@ def array(path: Path) -> ts.TensorStore:
   spec = {
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": str(path.absolute())},
+    **ZEROS,
   }
   return ts.open(spec, open=True).result()
 

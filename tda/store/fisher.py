@@ -4,14 +4,15 @@
 
 is the empirical Fisher matrix of module m along its directions: second moments,
 not centred (Choe et al. 2024, §3.1, whose damping is a tenth of the mean
-eigenvalue of each module). The sums over a store are kept beside it.
+eigenvalue of each module). The sums over a store are kept beside it; those of
+the rows that a damaged one still has, which are told in `lost`, are not.
 
 Notation: N rows, modules m of D coordinates, Q queries; spans as in
 `tda.store.layout`.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,16 +30,23 @@ from tda.store.layout import Encoded, Span
 Array = jax.Array
 Matrices: TypeAlias = Mapping[str, Array]
 """By span [m, D, D]."""
+Compute: TypeAlias = Callable[[], dict[str, np.ndarray]]
 
-LARGEST = 2**33
-"""Bytes of all matrices together above which they are refused."""
+LARGEST = 2**31
+"""Bytes of all matrices together above which they are refused.
+
+An inverse in float64 takes up to seven times those of a block more.
+"""
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def fisher(store: Store) -> dict[str, np.ndarray]:
+def fisher(
+  store: Store, lost: list[str] | None = None
+) -> dict[str, np.ndarray]:
   """F of every span [m, D, D], float32; read if it was computed before.
 
   Raises:
-    ValueError: matrices of more than 8 GiB.
+    ValueError: matrices of more than 2 GiB.
   """
   _check_size(store.layout)
 
@@ -47,18 +55,20 @@ def fisher(store: Store) -> dict[str, np.ndarray]:
       span.name: jnp.zeros((span.modules, span.size, span.size))
       for span in store.layout
     }
-    for block in reading.blocks(store):
+    count = 0
+    for block in reading.blocks(store, lost=lost):
       sums = jax.block_until_ready(_added(sums, block.rows, store.layout))
-    return {k: np.asarray(x / store.rows) for k, x in sums.items()}
+      count += block.count
+    return {k: np.asarray(x / max(count, 1)) for k, x in sums.items()}
 
-  return _kept(store, "fisher", compute)
+  return _kept(store, "fisher", compute, lost)
 
 
-def joint(store: Store) -> np.ndarray:
+def joint(store: Store, lost: list[str] | None = None) -> np.ndarray:
   """F of all modules together [1, F, F].
 
   Raises:
-    ValueError: a matrix of more than 8 GiB.
+    ValueError: a matrix of more than 2 GiB.
   """
   width = layout.width(store.layout)
   one = (Span("all", 0, (), 1, 1, width),)
@@ -66,25 +76,31 @@ def joint(store: Store) -> np.ndarray:
 
   def compute():
     sums = {"all": jnp.zeros((1, width, width))}
-    for block in reading.blocks(store):
+    count = 0
+    for block in reading.blocks(store, lost=lost):
       decoded = Encoded(_decoded(block.rows, store.layout), None)
       sums = jax.block_until_ready(_added(sums, decoded, one))
-    return {"all": np.asarray(sums["all"] / store.rows)}
+      count += block.count
+    return {"all": np.asarray(sums["all"] / max(count, 1))}
 
-  return _kept(store, "joint", compute)["all"]
+  return _kept(store, "joint", compute, lost)["all"]
 
 
-def squares(store: Store) -> dict[str, np.ndarray]:
+def squares(
+  store: Store, lost: list[str] | None = None
+) -> dict[str, np.ndarray]:
   """The diagonals of F [m, D], which need no matrices."""
 
   def compute():
     total = np.zeros(layout.width(store.layout), np.float64)
-    for block in reading.blocks(store):
+    count = 0
+    for block in reading.blocks(store, lost=lost):
       total += _squared(block.rows, store.layout)
-    row = total.astype(np.float32) / store.rows
+      count += block.count
+    row = total.astype(np.float32) / max(count, 1)
     return {s.name: layout.by_module(row, s) for s in store.layout}
 
-  return _kept(store, "squares", compute)
+  return _kept(store, "squares", compute, lost)
 
 
 def inverted(
@@ -132,24 +148,32 @@ def applied(
 
 
 def lengths(
-  store: Store, inverse: Mapping[str, np.ndarray] | None
+  store: Store,
+  inverse: Mapping[str, np.ndarray] | None,
+  lost: list[str] | None = None,
+  *,
+  keep: bool = True,
 ) -> np.ndarray:
   """√(fᵀ (F + λ)⁻¹ f) of every row [N], or its norm without an inverse.
 
-  Kept beside the store, by what the inverse is.
+  Kept beside the store by what the inverse is, unless it is one of a single
+  question; 0 for rows that are lost.
   """
   name = "norms"
   if inverse is not None:
     name = f"lengths_{records.digest(dict(inverse))[:16]}"
 
   def compute():
-    found = [
-      np.asarray(_quadratic(block.rows, inverse, store.layout))
-      for block in reading.blocks(store)
-    ]
-    return {"lengths": np.sqrt(np.concatenate(found).clip(0))}
+    found = np.zeros(store.rows, np.float32)
+    for block in reading.blocks(store, lost=lost):
+      squares = np.asarray(_quadratic(block.rows, inverse, store.layout))
+      last = block.first + block.count
+      found[block.first : last] = squares[: block.count]
+    return {"lengths": np.sqrt(found.clip(0))}
 
-  return _kept(store, name, compute)["lengths"]
+  if not keep:
+    return compute()["lengths"]
+  return _kept(store, name, compute, lost)["lengths"]
 
 
 def _check_size(spans: Sequence[Span]) -> None:
@@ -162,7 +186,9 @@ def _check_size(spans: Sequence[Span]) -> None:
     )
 
 
-def _kept(store: Store, name: str, compute) -> dict[str, np.ndarray]:
+def _kept(
+  store: Store, name: str, compute: Compute, lost: list[str] | None
+) -> dict[str, np.ndarray]:
   """Results of all rows of a store, in a file of theirs."""
   if not store.complete:
     raise ValueError(
@@ -175,6 +201,8 @@ def _kept(store: Store, name: str, compute) -> dict[str, np.ndarray]:
     with np.load(path) as found:
       return dict(found)
   arrays = compute()
+  if lost:
+    return arrays
   path.parent.mkdir(exist_ok=True)
   with parts.replacing(path) as file:
     np.savez(file, allow_pickle=False, **arrays)
@@ -187,7 +215,7 @@ def _added(sums: Matrices, rows: Encoded, spans: tuple[Span, ...]) -> Matrices:
 
   def add(span):
     own = layout.by_module(decoded, span)
-    products = jnp.einsum("nmd,nme->mde", own, own)
+    products = jnp.einsum("nmd,nme->mde", own, own, precision=HIGHEST)
     return sums[span.name] + products
 
   return {span.name: add(span) for span in spans}
@@ -213,7 +241,10 @@ def _quadratic(
 
   def one(span):
     own, x = layout.by_module(decoded, span), inverse[span.name]
-    times = own * x[None] if x.ndim == 2 else jnp.einsum("nmd,mde->nme", own, x)
+    if x.ndim == 2:
+      times = own * x[None]
+    else:
+      times = jnp.einsum("nmd,mde->nme", own, x, precision=HIGHEST)
     return (times * own).sum(axis=(1, 2))
 
   return sum(one(span) for span in spans)

@@ -41,6 +41,7 @@ def lens(
   inverse: str = "eigen",
   mixing: float | None = None,
   slopes: np.ndarray | None = None,
+  damaged: bool = False,
 ) -> Lens:
   """How queries see the rows by one of `METHODS`.
 
@@ -55,6 +56,7 @@ def lens(
     mixing: of "trackstar": the weight of the queries in R; that of
       `whitening.crossing` unless given.
     slopes: [N] of "trak": ∂ℓ/∂f of every row.
+    damaged: go by the rows that are left where shards cannot be read.
 
   Raises:
     ValueError: an unknown method or inverse, a damping that is not positive,
@@ -68,17 +70,18 @@ def lens(
       f"queries {asked.shape} of a store of {width} columns: they are rows of"
       " the same projection"
     )
-  n = store.rows
+  n, lost = store.rows, [] if damaged else None
   if method == "dot":
     return Lens(store, asked / n)
   if method == "cosine":
-    return Lens(store, _unit(asked, asked), _over(fisher.lengths(store, None)))
+    return Lens(
+      store, _unit(asked, asked), _over(fisher.lengths(store, None, lost))
+    )
   if method == "trak":
-    return _trak(store, asked, damping, slopes)
-  if inverse == "diagonal":
-    second = fisher.squares(store)
-  else:
-    second = fisher.fisher(store)
+    by = fisher.inverted({"": fisher.joint(store, lost)}, damping)[""][0]
+    return Lens(store, (asked @ by / n).astype(np.float32), slopes)
+  second = fisher.squares if inverse == "diagonal" else fisher.fisher
+  second = second(store, lost)
   how = "eigen" if inverse == "diagonal" else inverse
   if method == "trackstar":
     second = _mixed(store, second, asked, mixing)
@@ -86,7 +89,8 @@ def lens(
   seen = fisher.applied(by, asked, store.layout)
   if method == "logra":
     return Lens(store, seen / n)
-  weights = _over(fisher.lengths(store, by))
+  mixes = method == "trackstar"  # and is of these queries alone
+  weights = _over(fisher.lengths(store, by, lost, keep=not mixes))
   if method == "trackstar":
     seen = _unit(seen, asked)
   return Lens(store, seen, weights)
@@ -134,14 +138,6 @@ def _spectrum(second: Mapping[str, np.ndarray]) -> np.ndarray:
     for x in second.values()
   ]
   return np.concatenate([x.ravel() for x in each])
-
-
-def _trak(
-  store: Store, asked: np.ndarray, damping: float, slopes: np.ndarray | None
-) -> Lens:
-  whole = fisher.joint(store)
-  by = fisher.inverted({"": whole}, damping)[""][0]
-  return Lens(store, (asked @ by / store.rows).astype(np.float32), slopes)
 
 
 def _unit(seen: np.ndarray, asked: np.ndarray) -> np.ndarray:

@@ -20,25 +20,21 @@ class Block(NamedTuple):
   """Rows that were read together; their arrays are used again afterwards."""
 
   first: int
-  rows: Encoded  # [n, F] and [n, M]
+  count: int  # n
+  rows: Encoded  # [size, F] and [size, M], zeros from n on
 
 
 def blocks(
-  store: Store,
-  *,
-  rows: int | None = None,
-  depth: int = 3,
-  lost: list[str] | None = None,
+  store: Store, *, rows: int | None = None, lost: list[str] | None = None
 ) -> Iterator[Block]:
-  """All rows in turn, read ahead.
+  """All rows in turn, the next ones read ahead.
 
-  A block's arrays are filled again once the block after it has been asked for
-  and `depth` − 2 more: use them before, or copy them.
+  All blocks have the same shapes. Their arrays are filled again once the block
+  after the next is asked for: use them before, or copy them.
 
   Args:
     store: which.
     rows: of a block; as many as make 16 MiB unless given.
-    depth: how many blocks there is memory for, 2 or more.
     lost: where to say which rows cannot be read, and go on; None raises.
 
   Raises:
@@ -51,10 +47,9 @@ def blocks(
     for name, _, _ in arrays
   }
   bytes_of_row = sum(np.dtype(d).itemsize * c for _, d, c in arrays)
-  size = rows or max(1, READ // bytes_of_row)
-  buffers = [
-    [np.zeros((size, c), d) for _, d, c in arrays] for _ in range(depth)
-  ]
+  most = max((shard.rows for shard in store.shards), default=1)
+  size = min(rows or max(1, READ // bytes_of_row), max(1, most))
+  buffers = [[np.zeros((size, c), d) for _, d, c in arrays] for _ in range(3)]
   plan = [
     (shard, begin, min(begin + size, shard.rows))
     for shard in store.shards
@@ -65,43 +60,30 @@ def blocks(
     shard, begin, end = plan[i]
     offset = shard.number * shard.part.capacity
     futures = []
-    for (name, _, _), buffer in zip(arrays, buffers[i % depth], strict=True):
+    for (name, _, _), buffer in zip(arrays, buffers[i % 3], strict=True):
       source = sources[shard.part.path, name]
       into = ts.array(buffer[: end - begin])
       futures.append(into.write(source[offset + begin : offset + end]))
     return futures
 
-  waiting = {i: start(i) for i in range(min(depth - 1, len(plan)))}
+  waiting = {i: start(i) for i in range(min(2, len(plan)))}
   for i, (shard, begin, end) in enumerate(plan):
-    try:
-      for future in waiting.pop(i):
-        future.result()
-      for name, _, _ in arrays:
-        _check_there(shard, name)
-      intact = True
-    except Exception as error:  # TensorStore's are of many types
-      intact = False
-      said = f"rows {shard.first + begin} to {shard.first + end - 1}, {shard}"
-      if lost is None:
-        raise ValueError(
-          f"{said}, cannot be read ({_first_line(error)}): its file is damaged"
-          " or gone. Delete its record among the shards and build it again, or"
-          " search the rest on request"
-        ) from error
-      lost.append(said)
-    if intact:
-      values, *scales = (x[: end - begin] for x in buffers[i % depth])
+    names = [name for name, _, _ in arrays]
+    if _settled(shard, (begin, end), waiting.pop(i), names, lost):
+      for buffer in buffers[i % 3]:
+        buffer[end - begin :] = 0
+      values, *scales = buffers[i % 3]
       rest = scales[0] if scales else None
-      yield Block(shard.first + begin, Encoded(values, rest))
-    if i + depth - 1 < len(plan):
-      waiting[i + depth - 1] = start(i + depth - 1)
+      yield Block(shard.first + begin, end - begin, Encoded(values, rest))
+    if i + 2 < len(plan):
+      waiting[i + 2] = start(i + 2)
 
 
 def take(store: Store, rows: Sequence[int]) -> Encoded:
   """Chosen rows [n, F], in the order given.
 
   Raises:
-    ValueError: rows that are not there.
+    ValueError: rows that are not there, or cannot be read.
   """
   rows_n = np.asarray(rows, np.int64)
   if len(rows_n) and not 0 <= rows_n.min() <= rows_n.max() < store.rows:
@@ -113,21 +95,43 @@ def take(store: Store, rows: Sequence[int]) -> Encoded:
   found: list[np.ndarray] = []
   for name, dtype, columns in disk.arrays(store):
     sources = {part.path: disk.array(part.path / name) for part in store.parts}
-    futures = []
-    for row, which in zip(rows_n, which_n, strict=True):
+    values = np.zeros((len(rows_n), columns), dtype)
+    for row, which, into in zip(rows_n, which_n, values, strict=True):
       shard = store.shards[which]
-      place = shard.number * shard.part.capacity + row - shard.first
-      futures.append(sources[shard.part.path][int(place)].read())
-    values = [future.result() for future in futures]
-    found.append(np.stack(values) if values else np.zeros((0, columns), dtype))
+      begin = int(row - shard.first)
+      place = shard.number * shard.part.capacity + begin
+      future = ts.array(into).write(sources[shard.part.path][place])
+      _settled(shard, (begin, begin + 1), [future], [name], None)
+    found.append(values)
   return Encoded(found[0], found[1] if len(found) > 1 else None)
 
 
-def _check_there(shard: Shard, name: str) -> None:
-  """Of a file that is gone zarr reads zeros."""
-  file = shard.part.path / name / "c" / str(shard.number) / "0"
-  if not file.exists():
-    raise FileNotFoundError(f"there is no {file}")
+def _settled(
+  shard: Shard,
+  inside: tuple[int, int],
+  futures: Sequence[ts.WriteFutures],
+  names: Sequence[str],
+  lost: list[str] | None,
+) -> bool:
+  """Waits until rows of a shard are read; whether they are sound."""
+  try:
+    for future in futures:
+      future.result()
+    for name in names:
+      if not disk.file(shard.part, shard.number, name).exists():
+        raise FileNotFoundError("no file")  # of which zarr reads zeros
+    return True
+  except Exception as error:  # TensorStore's are of many types
+    begin, end = inside
+    said = f"rows {shard.first + begin} to {shard.first + end - 1}, {shard}"
+    if lost is None:
+      raise ValueError(
+        f"{said}, cannot be read ({_first_line(error)}): its file is damaged or"
+        " gone. Delete its record among the shards and build it again, or ask"
+        " for what is left with damaged=True"
+      ) from error
+    lost.append(said)
+    return False
 
 
 def _first_line(error: Exception) -> str:

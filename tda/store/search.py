@@ -4,9 +4,9 @@ A lens says what a query's score of a row f is: ⟨d, f⟩ with a direction d of
 query, times a weight of the row if there are any. Scores of several stores of
 the same rows, as of several checkpoints or models, are added.
 
-A search is exact. It holds a few blocks of 16 MiB and 2 k numbers for each
-query, reads ahead while it multiplies, and sums in float32. Equal scores go by
-row.
+A search is exact. Beside the names of the rows it holds a few blocks of 16 MiB
+and 2 k numbers for each query; it reads ahead while it multiplies, and sums in
+float32. Equal scores go by row.
 
 Notation: N rows, Q queries, F columns, M modules, n rows of a block.
 """
@@ -23,6 +23,7 @@ import tqdm
 from tda.store import layout, reading
 from tda.store.disk import Store
 from tda.store.layout import Encoded, Span
+from tda.store.reading import Block
 
 Array = jax.Array
 TILE = 2**21
@@ -40,10 +41,13 @@ class Lens(NamedTuple):
 
 
 class Found(NamedTuple):
-  """The first rows of each query, best first."""
+  """The first rows of each query, best first.
+
+  Where damage leaves fewer than k, rows are -1, scores infinite and names "".
+  """
 
   scores: np.ndarray  # [Q, k] float32
-  rows: np.ndarray  # [Q, k] int32
+  rows: np.ndarray  # [Q, k] int64
   names: list[list[str]]  # of the rows
 
 
@@ -75,8 +79,10 @@ def ends(
   Args:
     lenses: one, or several whose stores hold the same rows.
     k: how many, at most N.
-    among: bool [N, Q], the candidates of a first stage such as BM25; None: all.
-    damaged: search the rest where shards cannot be read, and say which.
+    among: bool [N, Q], the candidates of a first stage such as BM25, which are
+      ranked alone, though all rows are read; None: all.
+    damaged: search the rest where shards of one store cannot be read, and say
+      which.
     label: of a progress bar; None shows none.
 
   Raises:
@@ -85,12 +91,17 @@ def ends(
   """
   lenses = _checked(lenses)
   store, queries = lenses[0].store, len(lenses[0].directions)
-  most = store.rows if among is None else int(among.sum(axis=0).min())
-  if not 1 <= k <= most:
-    raise ValueError(f"the first {k} of {most} rows: ask for 1 or more of them")
   if among is not None and among.shape != (store.rows, queries):
     raise ValueError(
       f"candidates {among.shape} of {store.rows} rows and {queries} queries"
+    )
+  most = store.rows if among is None else int(among.sum(axis=0).min())
+  if not 1 <= k <= most:
+    raise ValueError(f"the first {k} of {most} rows: ask for 1 or more of them")
+  if damaged and len(lenses) > 1:
+    raise ValueError(
+      "several stores are searched together only where none is damaged: their"
+      " rows would no longer be the same"
     )
   top, bottom = (
     Best(
@@ -170,12 +181,12 @@ def _checked(lenses: Lens | Sequence[Lens]) -> list[Lens]:
       raise ValueError(
         f"{len(lens.weights)} weights of the {store.rows} rows of {store.path}"
       )
-  cuts = {
-    tuple((s.first, s.rows, s.names) for s in lens.store.shards)
-    for lens in lenses
-  }
-  queries = {len(lens.directions) for lens in lenses}
-  if len(cuts) > 1 or len(queries) > 1:
+  first = lenses[0]
+  cuts = lambda lens: [s._replace(part=None) for s in lens.store.shards]
+  if any(
+    len(lens.directions) != len(first.directions) or cuts(lens) != cuts(first)
+    for lens in lenses[1:]
+  ):
     raise ValueError(
       "stores that are searched together hold the same rows in the same shards,"
       " for the same queries; these do not"
@@ -190,16 +201,16 @@ def _scores(
   total = lenses[0].store.rows
   if len(lenses) == 1:
     streams = [reading.blocks(lenses[0].store, lost=lost)]
-  else:  # damage in one is damage in all: they would no longer be the same rows
+  else:
     size = max(_row_bytes(lens.store) for lens in lenses)
     rows = max(1, reading.READ // size)
     streams = [reading.blocks(lens.store, rows=rows) for lens in lenses]
   with tqdm.tqdm(total=total, desc=label, unit="row", disable=not label) as bar:
     for blocks in zip(*streams, strict=True):
-      count = len(blocks[0].rows.values)
+      count = blocks[0].count
       inside = slice(blocks[0].first, blocks[0].first + count)
       pairs = zip(lenses, blocks, strict=True)
-      each = [_scored(x, block.rows, inside) for x, block in pairs]
+      each = [_scored(x, block, inside) for x, block in pairs]
       yield inside, np.sum(each, axis=0)
       bar.update(count)
 
@@ -208,19 +219,20 @@ def _row_bytes(store: Store) -> int:
   return layout.width(store.layout) * jnp.dtype(store.dtype).itemsize
 
 
-def _scored(lens: Lens, rows: Encoded, inside: slice) -> np.ndarray:
+def _scored(lens: Lens, block: Block, inside: slice) -> np.ndarray:
   """Scores [Q, n] of a block."""
-  store, count = lens.store, len(rows.values)
-  size = count
+  store, rows = lens.store, block.rows
+  size = len(rows.values)
   if jax.default_backend() == "cpu":
     size = max(1, TILE // _row_bytes(store))
   tile = lambda i: jax.tree.map(lambda x: x[i : i + size], rows)
   parts = [
     products(tile(i), lens.directions, store.layout)
-    for i in range(0, count, size)
+    for i in range(0, block.count, size)
   ]
   # Nothing still reads the block when it is filled again.
   scores = np.concatenate([np.asarray(x) for x in parts], axis=1)
+  scores = scores[:, : block.count]
   return scores if lens.weights is None else scores * lens.weights[inside]
 
 

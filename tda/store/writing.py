@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -72,33 +72,41 @@ def build(
       the same shard; a disk that is full. What was written is kept.
   """
   path, n = Path(folder), streams.rows(data)
-  own = jax.process_index(), jax.process_count()
-  if own[1] > 1 and loop.mesh is None:
-    raise ValueError(f"{own[1]} processes need a mesh: give `loop` one")
+  process, processes = jax.process_index(), jax.process_count()
+  if processes > 1 and loop.mesh is None:
+    raise ValueError(f"{processes} processes need a mesh: give `loop` one")
   counts = np.ones(n, np.int64) if held is None else held.sum(axis=1)
-  names = _named(names, counts)
-  if own[0] == 0:
+  if names is not None and len(names) != counts.sum():
+    raise ValueError(
+      f"{len(names)} names of {counts.sum()} rows: give one for each"
+    )
+  if process == 0:
     disk.create(path, spans, dtype, about)
-  meshes.together(f"{path} manifest")
   each = 1 if held is None else held.shape[1]
-  cut = disk.cut(spans, dtype, n, each, per_shard)
+  cut = disk.cut(spans, dtype, counts, each, per_shard, processes)
   digest = records.digest(data)
+  if process == 0:
+    with (path / "lock").open("w") as file:  # one adds at a time
+      fcntl.lockf(file, fcntl.LOCK_EX)
+      if _part(path, digest, append) is None:
+        disk.add(path, digest, cut)
+  meshes.together(f"{path} part {digest}")
   part = _part(path, digest, append)
-  if part is None:
-    if own[0] == 0:
-      disk.add(path, digest, cut)
-    meshes.together(f"{path} part {digest}")
-    part = _part(path, digest, append)
-    assert part is not None
+  assert part is not None
+  names = _numbers(part, path) if names is None else names
   todo = disk.missing(part)
   meshes.together(f"{path} missing {digest}")  # before any of them writes
-  _check_room(part, spans, dtype, len(todo))
-  mine = todo[own[0] :: own[1]]
-  order = _order(part, todo, loop)
+  _check_room(part, spans, dtype, counts, todo)
+  owners = _owners(
+    streams.batch_size(min(n, part.per_shard * len(todo)), loop), loop
+  )
+  writers = np.unique(owners).tolist()
+  shards = {who: todo[i :: len(writers)] for i, who in enumerate(writers)}
+  order = _order(part, shards, owners)
   firsts = np.concatenate([[0], np.cumsum(counts)])
-
   run = _encoded(features, tuple(spans), dtype, loop.mesh)
-  with _filling(part, mine, names, firsts, held) as put:
+  mine = shards.get(process, [])
+  with _filling(part, mine, names, firsts, held, owners) as put:
     streams.visit(run, operands, data, order, put, loop)
   meshes.together(f"{path} written {digest}")
   return disk.opened(path)
@@ -122,13 +130,10 @@ def _encoded(
   return run
 
 
-def _named(names: Sequence[str] | None, counts: np.ndarray) -> Sequence[str]:
-  total = int(counts.sum())
-  if names is None:
-    return [str(i) for i in range(total)]
-  if len(names) != total:
-    raise ValueError(f"{len(names)} names of {total} rows: give one for each")
-  return names
+def _numbers(part: Part, path: Path) -> list[str]:
+  """Those of the rows of a part, as names."""
+  before = [x.rows for x in disk.opened(path).parts if x.path < part.path]
+  return [str(sum(before) + i) for i in range(part.rows)]
 
 
 def _part(path: Path, digest: str, append: bool) -> Part | None:
@@ -145,23 +150,33 @@ def _part(path: Path, digest: str, append: bool) -> Part | None:
   return None
 
 
-def _order(part: Part, todo: Sequence[int], loop: Loop) -> np.ndarray:
-  """Which examples each batch holds [batches, B], each process's together."""
-  processes = jax.process_count()
+def _owners(size: int, loop: Loop) -> np.ndarray:
+  """Which process keeps each row of a batch [B].
+
+  The first of those whose devices hold it.
+  """
+  owners = np.full(size, jax.process_count())
+  for device, place in meshes.places(size, loop.mesh).items():
+    owners[place] = np.minimum(owners[place], device.process_index)
+  return owners
+
+
+def _order(
+  part: Part, shards: Mapping[int, Sequence[int]], owners: np.ndarray
+) -> np.ndarray:
+  """Which examples each batch holds [batches, B], where they are kept."""
   nothing = np.zeros(0, np.int64)
-  lists = [
-    np.concatenate([nothing, *map(part.inside, todo[i::processes])])
-    for i in range(processes)
-  ]
-  size = streams.batch_size(max(map(len, lists)) * processes, loop)
-  own = size // processes
-  if not own:
-    return np.zeros((0, 1), np.int64)
-  batches = -(-max(map(len, lists)) // own)
-  padded = [
-    np.pad(x, (0, batches * own - len(x)), constant_values=-1) for x in lists
-  ]
-  return np.concatenate([x.reshape(batches, own) for x in padded], axis=1)
+  columns = {}
+  for who, numbers in shards.items():
+    x = np.concatenate([nothing, *map(part.inside, numbers)])
+    own = int((owners == who).sum())
+    padding = -len(x) % own
+    columns[who] = np.pad(x, (0, padding), constant_values=-1).reshape(-1, own)
+  batches = max(map(len, columns.values()), default=0)
+  order = np.full((batches, len(owners)), -1)
+  for who, x in columns.items():
+    order[: len(x), owners == who] = x
+  return order
 
 
 @contextlib.contextmanager
@@ -171,6 +186,7 @@ def _filling(
   names: Sequence[str],
   firsts: np.ndarray,
   held: np.ndarray | None,
+  owners: np.ndarray,
 ) -> Iterator[Callable[[Encoded, np.ndarray], None]]:
   """Takes the rows of examples in the order of `mine`, shard by shard."""
   todo = list(mine)
@@ -182,15 +198,17 @@ def _filling(
     while pending:
       pending.pop()()
 
-  with contextlib.ExitStack() as stack:
-    lock = stack.enter_context(locked(part, todo[0])) if todo else None
+  with (part.path / "shards" / "lock").open("w") as file:
+    if todo:
+      lock(file, part, todo[0])
 
     def put(encoded, index):
-      nonlocal kept, have, lock
-      arrays, local = _local(encoded, index)
+      nonlocal kept, have
+      arrays, local = _local(encoded, index, owners)
       arrays, local = [x[local >= 0] for x in arrays], local[local >= 0]
       while len(local):
         examples = part.inside(todo[0])
+        assert local[0] == examples[have], "rows come in the order of shards"
         count = int(np.searchsorted(local, examples[-1], "right"))
         if held is None:
           kept.append([x[:count] for x in arrays])
@@ -204,9 +222,10 @@ def _filling(
         values = [np.concatenate(x) for x in zip(*kept, strict=True)]
         said = names[firsts[examples[0]] : firsts[examples[-1] + 1]]
         settle()
-        pending.append(_written(part, shard, values, said, lock))
+        pending.append(_written(part, shard, values, said))
         kept, have = [], 0
-        lock = stack.enter_context(locked(part, todo[0])) if todo else None
+        if todo:
+          lock(file, part, todo[0])
 
     try:
       yield put
@@ -219,79 +238,79 @@ def _written(
   shard: int,
   values: Sequence[np.ndarray],
   names: Sequence[str],
-  unlock: Callable[[], None] | None,
 ) -> Callable[[], None]:
   """Begins to write a shard; what is returned waits for it and says so."""
-  futures = [
-    disk.write(part, shard, name, x)
-    for name, x in zip(("rows", "scales"), values, strict=False)
-  ]
+
+  def said(error):
+    return ValueError(
+      f"shard {shard} of {part.path} could not be written: {error}. What was"
+      " written before is kept: mend that, make room if the disk is full, and"
+      " build again"
+    )
+
+  try:
+    futures = [
+      disk.write(part, shard, name, x)
+      for name, x in zip(("rows", "scales"), values, strict=False)
+    ]
+  except Exception as error:  # TensorStore's are of many types
+    raise said(error) from error
 
   def finish():
     try:
       for future in futures:
         future.result()
-    except Exception as error:  # TensorStore's are of many types
-      raise ValueError(
-        f"shard {shard} of {part.path} could not be written: {error}. What was"
-        " written before is kept: make room and build again"
-      ) from error
+    except Exception as error:
+      raise said(error) from error
     disk.finish(part, shard, len(values[0]), names)
-    if unlock:
-      unlock()
 
   return finish
 
 
-@contextlib.contextmanager
-def locked(part: Part, shard: int) -> Iterator[Callable[[], None]]:
-  """A shard of one's own until the process ends, or unlocks it."""
-  path = part.path / "shards" / f"{shard:06d}.lock"
-  file = path.open("w")
+def lock(file: IO, part: Part, shard: int) -> None:
+  """Makes a shard one's own until the file is closed, or the process ends."""
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
   except OSError as error:
-    file.close()
     raise ValueError(
       f"another process is writing shard {shard} of {part.path}: wait for it,"
       " or build in another folder"
     ) from error
 
-  def unlock():
-    if not file.closed:
-      path.unlink(missing_ok=True)
-      file.close()
 
-  try:
-    yield unlock
-  finally:
-    unlock()
-
-
-def _local(encoded: Encoded, index: np.ndarray) -> tuple[list, np.ndarray]:
-  """The rows that this process's devices hold, and which examples they are."""
-  arrays = [x for x in encoded if x is not None]
-  places: list[slice] = []
-  parts: list[list[np.ndarray]] = []
-  for x in arrays:
-    shards = [s for s in x.addressable_shards if s.replica_id == 0]
-    shards.sort(key=lambda s: s.index[0].start or 0)
-    places = [s.index[0] for s in shards]
-    parts.append([np.asarray(s.data) for s in shards])
-  local = np.concatenate([index[place] for place in places])
-  return [np.concatenate(x) for x in parts], local
+def _local(
+  encoded: Encoded, index: np.ndarray, owners: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """The rows that this process keeps, and which examples they are."""
+  mine = owners == jax.process_index()
+  arrays = []
+  for x in encoded:
+    if x is None:
+      continue
+    pieces = {s.index[0].start or 0: s for s in x.addressable_shards}
+    kept = [
+      np.asarray(s.data)[mine[s.index[0]]] for _, s in sorted(pieces.items())
+    ]
+    arrays.append(np.concatenate(kept))
+  return arrays, index[mine]
 
 
 def _check_room(
-  part: Part, spans: Sequence[Span], dtype: str, shards: int
+  part: Part,
+  spans: Sequence[Span],
+  dtype: str,
+  counts: np.ndarray,
+  todo: Sequence[int],
 ) -> None:
   """Refuses to begin what the disk has no room for."""
   row = layout.width(spans) * jnp.dtype(dtype).itemsize
-  wanted = row * part.per_shard * shards
+  if dtype == "int8":
+    row += 4 * sum(span.modules for span in spans)
+  rows = sum(int(counts[part.inside(number)].sum()) for number in todo)
   free = shutil.disk_usage(part.path).free
-  if wanted > free:
+  if row * rows > free:
     raise ValueError(
-      f"{part.path} needs about {wanted / 1e9:.3g} GB for {shards} shards and"
+      f"{part.path} needs about {row * rows / 1e9:.3g} GB for {rows} rows and"
       f" {free / 1e9:.3g} GB are free: make room, or choose a smaller dimension"
       " or int8"
     )
