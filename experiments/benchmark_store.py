@@ -153,7 +153,9 @@ def random_store(folder: Path) -> Store:
   span = Span("random", 0, (), 1, 1, width)
   disk.create(path, [span], "bfloat16", {})
   if not disk.opened(path).parts:
-    disk.add(path, "random", disk.cut([span], "bfloat16", rows, 1, None))
+    disk.add(
+      path, "random", disk.cut([span], "bfloat16", np.ones(rows, int), 1, None)
+    )
   part, rng = disk.opened(path).parts[0], np.random.default_rng(0)
   for shard in tqdm(disk.missing(part), desc="writing"):
     count = len(part.inside(shard))

@@ -54,7 +54,7 @@ def build(folder, train=None, *, log=None, **options):
 def rows(store):
   """All of a store [N, F], float32."""
   found = [
-    np.array(layout.decode(block.rows, store.layout))[: block.count]
+    np.array(layout.decode(block.rows, store.layout))[: block.held]
     for block in reading.blocks(store)
   ]
   return np.concatenate(found)

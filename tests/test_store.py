@@ -149,7 +149,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     store_cases.rows(store)
   lost = []
   kept = [
-    np.array(b.rows.values)[: b.count] for b in reading.blocks(store, lost=lost)
+    np.array(b.rows.values)[: b.held] for b in reading.blocks(store, lost=lost)
   ]
   np.testing.assert_array_equal(
     np.concatenate(kept), np.delete(whole, range(8, 12), axis=0)

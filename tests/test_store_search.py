@@ -17,7 +17,7 @@ from tda.store.search import Lens
 def stored(tmp_path_factory):
   store = store_cases.build(tmp_path_factory.mktemp("store") / "s")
   rows = np.concatenate(
-    [np.array(b.rows.values)[: b.count] for b in reading.blocks(store)]
+    [np.array(b.rows.values)[: b.held] for b in reading.blocks(store)]
   )
   return store, rows.astype(np.float64), store_cases.ask()
 
@@ -235,7 +235,7 @@ def test_every_method_goes_by_what_damage_leaves(tmp_path, method):
   found = search.ends(lens, 19, damaged=True).top
   left = np.delete(np.arange(23), range(4, 8))
   rows = np.concatenate(
-    [np.array(b.rows.values)[: b.count] for b in reading.blocks(store, lost=[])]
+    [np.array(b.rows.values)[: b.held] for b in reading.blocks(store, lost=[])]
   ).astype(np.float64)
   want = expected(store, rows, asked, method)
   if method in ("dot", "logra", "trak"):

@@ -58,7 +58,7 @@ def fisher(
     count = 0
     for block in reading.blocks(store, lost=lost):
       sums = jax.block_until_ready(_added(sums, block.rows, store.layout))
-      count += block.count
+      count += block.held
     return {k: np.asarray(x / max(count, 1)) for k, x in sums.items()}
 
   return _kept(store, "fisher", compute, lost)
@@ -80,7 +80,7 @@ def joint(store: Store, lost: list[str] | None = None) -> np.ndarray:
     for block in reading.blocks(store, lost=lost):
       decoded = Encoded(_decoded(block.rows, store.layout), None)
       sums = jax.block_until_ready(_added(sums, decoded, one))
-      count += block.count
+      count += block.held
     return {"all": np.asarray(sums["all"] / max(count, 1))}
 
   return _kept(store, "joint", compute, lost)["all"]
@@ -96,7 +96,7 @@ def squares(
     count = 0
     for block in reading.blocks(store, lost=lost):
       total += _squared(block.rows, store.layout)
-      count += block.count
+      count += block.held
     row = total.astype(np.float32) / max(count, 1)
     return {s.name: layout.by_module(row, s) for s in store.layout}
 
@@ -167,8 +167,8 @@ def lengths(
     found = np.zeros(store.rows, np.float32)
     for block in reading.blocks(store, lost=lost):
       squares = np.asarray(_quadratic(block.rows, inverse, store.layout))
-      last = block.first + block.count
-      found[block.first : last] = squares[: block.count]
+      last = block.first + block.held
+      found[block.first : last] = squares[: block.held]
     return {"lengths": np.sqrt(found.clip(0))}
 
   if not keep:

@@ -70,7 +70,8 @@ def lens(
       f"queries {asked.shape} of a store of {width} columns: they are rows of"
       " the same projection"
     )
-  n, lost = store.rows, [] if damaged else None
+  n = store.rows
+  lost: list[str] | None = [] if damaged else None
   if method == "dot":
     return Lens(store, asked / n)
   if method == "cosine":
@@ -80,8 +81,8 @@ def lens(
   if method == "trak":
     by = fisher.inverted({"": fisher.joint(store, lost)}, damping)[""][0]
     return Lens(store, (asked @ by / n).astype(np.float32), slopes)
-  second = fisher.squares if inverse == "diagonal" else fisher.fisher
-  second = second(store, lost)
+  summed = fisher.squares if inverse == "diagonal" else fisher.fisher
+  second = summed(store, lost)
   how = "eigen" if inverse == "diagonal" else inverse
   if method == "trackstar":
     second = _mixed(store, second, asked, mixing)

@@ -20,7 +20,7 @@ class Block(NamedTuple):
   """Rows that were read together; their arrays are used again afterwards."""
 
   first: int
-  count: int  # n
+  held: int  # n
   rows: Encoded  # [size, F] and [size, M], zeros from n on
 
 

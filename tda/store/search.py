@@ -207,7 +207,7 @@ def _scores(
     streams = [reading.blocks(lens.store, rows=rows) for lens in lenses]
   with tqdm.tqdm(total=total, desc=label, unit="row", disable=not label) as bar:
     for blocks in zip(*streams, strict=True):
-      count = blocks[0].count
+      count = blocks[0].held
       inside = slice(blocks[0].first, blocks[0].first + count)
       pairs = zip(lenses, blocks, strict=True)
       each = [_scored(x, block, inside) for x, block in pairs]
@@ -228,11 +228,11 @@ def _scored(lens: Lens, block: Block, inside: slice) -> np.ndarray:
   tile = lambda i: jax.tree.map(lambda x: x[i : i + size], rows)
   parts = [
     products(tile(i), lens.directions, store.layout)
-    for i in range(0, block.count, size)
+    for i in range(0, block.held, size)
   ]
   # Nothing still reads the block when it is filled again.
   scores = np.concatenate([np.asarray(x) for x in parts], axis=1)
-  scores = scores[:, : block.count]
+  scores = scores[:, : block.held]
   return scores if lens.weights is None else scores * lens.weights[inside]
 
 
