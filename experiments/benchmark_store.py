@@ -152,11 +152,10 @@ def random_store(folder: Path) -> Store:
   path = folder / f"rows_{rows}_{width}"
   span = Span("random", 0, (), 1, 1, width)
   disk.create(path, [span], "bfloat16", {})
-  if not disk.opened(path).parts:
-    disk.add(
-      path, "random", disk.cut([span], "bfloat16", np.ones(rows, int), 1, None)
-    )
-  part, rng = disk.opened(path).parts[0], np.random.default_rng(0)
+  if not disk.parts(path):
+    store = disk.opened(path)
+    disk.add(store, "random", disk.cut(store, np.ones(rows, int), 1, None))
+  part, rng = disk.parts(path)[0], np.random.default_rng(0)
   for shard in tqdm(disk.missing(part), desc="writing"):
     count = len(part.inside(shard))
     values = rng.standard_normal((count, width), np.float32)

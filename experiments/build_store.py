@@ -7,16 +7,16 @@ WORKDIR/store (`tda.store`). A run that was stopped goes on where it was;
 `experiments.query` asks.
 """
 
-import pathlib
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import language, store_task
+from experiments import language, reports, store_task
 from tda import streams
-from tda.store import disk, layout
+from tda.report import tables
+from tda.store import layout
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", "configs/store.py", "Config file; its fields are flags too."
@@ -27,12 +27,8 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
   setting = _CONFIG.value
-  default = pathlib.Path("workdir/build_store", setting.name)
-  path = _WORKDIR.value or str(default)
-  devices = jax.device_count()
-  print(f"{devices} {jax.default_backend()} device(s); results in {path}")
+  path = language.begun("build_store", setting, _WORKDIR.value)
   run = store_task.opened(setting, path)
   mesh = language.mesh(setting)
   loop = streams.Loop(setting.batch_size, "gradients", mesh)
@@ -59,16 +55,15 @@ def main(_) -> None:
     "tokens a second": tokens / seconds,
   }
   run.workdir.record("store", found)
-  for name, value in found.items():
-    print(f"{name:20} {value:,.0f}")
-  for span in store.layout:
-    print(
-      f"  {span.name:36} {span.modules:4} modules of {span.outputs} x"
-      f" {span.inputs}"
-    )
-  complete = disk.opened(run.store).complete
-  print(f"\n{'whole' if complete else 'begun'}; ask it with")
-  print(f"  python -m experiments.query --store={path}")
+  body = [[name, f"{value:,.0f}"] for name, value in found.items()]
+  run.workdir.say(tables.aligned(["store", "of"], body, [False, True]))
+  body = [
+    [x.name, str(x.modules), f"{x.outputs} x {x.inputs}"] for x in store.layout
+  ]
+  header = ["block", "modules", "coordinates of each"]
+  run.workdir.say(f"\n{tables.aligned(header, body, [False, True, True])}")
+  reports.write(run.workdir, __doc__)
+  print(f"\nask it with\n  python -m experiments.query --store={path}")
 
 
 if __name__ == "__main__":

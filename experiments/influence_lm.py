@@ -23,12 +23,11 @@ on.
 """
 
 import functools
-import pathlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import (
@@ -41,7 +40,7 @@ from experiments import (
 from experiments.influence_page import Fitted
 from experiments.influence_task import Task
 from experiments.language import Model
-from tda import blocks, coverage, records, streams
+from tda import coverage, records, streams
 from tda.attribution import influence
 from tda.attribution import language as attribution
 from tda.attribution.responses import Cosine, Identity
@@ -66,12 +65,8 @@ ASKED |= {"ask", "query_batch", "top", "shown", "prefilter"}
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
   setting = _CONFIG.value
-  default = pathlib.Path("workdir/influence_lm", setting.name)
-  path = _WORKDIR.value or str(default)
-  devices = jax.device_count()
-  print(f"{devices} {jax.default_backend()} device(s); results in {path}")
+  path = language.begun("influence_lm", setting, _WORKDIR.value)
   task = influence_task.asked(setting)
   corpus = language.corpus(setting, task.texts)
   tokenizer, rows = corpus.tokenizer, corpus.rows
@@ -87,12 +82,7 @@ def main(_) -> None:
   if asks_itself:
     task, queries = influence_task.answered(setting, workdir, model, task)
     words = influence_task.lexical(task)
-  traced = blocks.trace(
-    decoder.objective(model.config).outputs,
-    model.params,
-    streams.example(rows),
-    select=decoder.SITES[setting.sites],
-  )
+  traced = language.traced(setting, model, rows)
   fit = functools.cache(lambda: fitted(setting, workdir, model, traced, rows))
   which = records.digest(queries)[:8]
   which += f"_{setting.damping}_{setting.rank}".replace(" ", "_")

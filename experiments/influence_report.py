@@ -143,9 +143,8 @@ def _retrieved(
   workdir: Workdir, task: Task, scores: Mapping[str, np.ndarray]
 ) -> str:
   """Recall and reciprocal rank by method, and mean scores by kind."""
-  assert task.kinds is not None and task.fact is not None
-  mine = task.fact[:, None] == np.arange(len(task.pairs))
-  copies = mine & (task.kinds == "copy")[:, None]
+  assert task.kinds is not None
+  mine, copies = task.of_fact(), task.copies()
   body, results = [], {}
   for name, x in scores.items():
     found = ranking.means(x, copies)

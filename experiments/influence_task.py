@@ -33,6 +33,16 @@ class Task(NamedTuple):
   # Of a planted fact's words, each [Q].
   orders: Mapping[str, list[str]] = MappingProxyType({})
 
+  def of_fact(self) -> np.ndarray:
+    """Which planted documents are on the fact of each query, bool [D, Q]."""
+    assert self.fact is not None
+    return self.fact[:, None] == np.arange(len(self.pairs))
+
+  def copies(self) -> np.ndarray:
+    """Which of these are copies, that are to be found."""
+    assert self.kinds is not None
+    return self.of_fact() & (self.kinds == "copy")[:, None]
+
 
 def asked(setting: ConfigDict, *, queries: bool = True) -> Task:
   """The documents of a setting, and its queries unless they come later."""

@@ -1,22 +1,25 @@
 """What the binaries on language models share: corpus, rows, model."""
 
 import math
+import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from tda import meshes, records, streams
+from tda import blocks, meshes, records, streams
+from tda.blocks import Trace
 from tda.data import facts, packing, text
 from tda.data.facts import Planted
 from tda.data.packing import Rows
 from tda.data.text import Tokenizer
 from tda.evaluation.workdir import Workdir
 from tda.models import config as configs
-from tda.models import gguf, pretrained, training
+from tda.models import decoder, gguf, pretrained, training
 from tda.models.config import DecoderConfig
 from tda.models.training import Recipe
 
@@ -66,6 +69,15 @@ def packed(
   )
 
 
+def begun(binary: str, setting: ConfigDict, given: str | None) -> str:
+  """Says what a binary runs on, and the folder of its results."""
+  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
+  path = given or str(pathlib.Path("workdir", binary, setting.name))
+  devices = jax.device_count()
+  print(f"{devices} {jax.default_backend()} device(s); results in {path}")
+  return path
+
+
 class Corpus(NamedTuple):
   """Texts as tokens, and the model that they are asked of, if it is there."""
 
@@ -99,6 +111,16 @@ def ready(setting: ConfigDict, folder: Workdir, given: Corpus) -> Model:
   if given.model is not None and not setting.tune:
     return given.model
   return train(setting, folder, given.tokenizer, given.rows, given.model)
+
+
+def traced(setting: ConfigDict, model: Model, rows: Rows) -> Trace:
+  """The blocks of the setting's sites."""
+  return blocks.trace(
+    decoder.objective(model.config).outputs,
+    model.params,
+    streams.example(rows),
+    select=decoder.SITES[setting.sites],
+  )
 
 
 def load(setting: ConfigDict) -> Model:

@@ -13,36 +13,26 @@ kinds of document are over-represented there (Ruis et al. 2024).
 """
 
 import collections
-import json
-import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
-from experiments import influence_kinds, store_task
+from experiments import influence_kinds, reports, store_task
 from experiments.store_task import Run
-from tda import streams
-from tda.attribution import language as attribution
-from tda.attribution import logra
+from tda import records, streams
 from tda.evaluation import procedural
-from tda.models import decoder, training
+from tda.evaluation.workdir import Workdir
+from tda.models import training
 from tda.report import influence as figures
 from tda.report import tables
 from tda.report.names import display
-from tda.store import disk, lenses, search
+from tda.store import lenses, search
 
-_STORE = flags.DEFINE_string(
-  "store", None, "What build_store had as --workdir.", required=True
-)
 _QUERIES = flags.DEFINE_string("queries", None, "A JSONL file; see above.")
 _METHODS = flags.DEFINE_multi_enum(
   "method", ["logra", "relatif"], lenses.METHODS, "Of tda.store.lenses."
-)
-_DAMPING = flags.DEFINE_float("damping", 0.1, "Relative to mean eigenvalues.")
-_INVERSE = flags.DEFINE_enum(
-  "inverse", "eigen", ["eigen", "hyperpower", "diagonal"], "Of the Fisher."
 )
 _FIRST = flags.DEFINE_float("first", 0.05, "Share of documents that are first.")
 
@@ -57,70 +47,43 @@ class Query(NamedTuple):
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
-  run = store_task.reopened(_STORE.value)
-  store = disk.opened(run.store)
-  asked = read(_QUERIES.value) if _QUERIES.value else own(run)
-  pairs = [(x.prompt, x.completion) for x in asked]
-  rows = attribution.completions(
-    pairs, run.corpus.tokenizer, run.setting.length
-  )
-  model, aim = run.model, decoder.objective(run.model.config)
-  log = logra.reopened(store, aim, model.params, rows)
-  loop = streams.Loop(run.setting.batch_size, "queries")
-  features = log.ask(model.params, rows, loop=loop)
+  run = store_task.reopened()
+  queries = read(_QUERIES.value) if _QUERIES.value else own(run)
+  asked = store_task.asked(run, [(x.prompt, x.completion) for x in queries])
+  loop = streams.Loop(run.setting.batch_size, "surprisals")
   nats = training.surprisals(
-    model.config, model.params, rows, loop._replace(label="surprisals")
+    run.model.config, run.model.params, asked.queries, loop
   )
-  folder = pathlib.Path(_STORE.value, "procedural")
-  folder.mkdir(exist_ok=True)
-  print(f"{len(asked)} queries of {len({x.task for x in asked})} tasks")
-  results = {}
+  how: dict[str, Any] = {
+    "first": _FIRST.value,
+    "damping": store_task.DAMPING.value,
+    "inverse": store_task.INVERSE.value,
+  }
+  which = records.digest([asked.rows, *map(str, how.values())])[:8]
+  workdir = Workdir(run.workdir.path / "procedural" / which, how)
+  tasks = [x.task for x in queries]
+  workdir.say(f"{len(queries)} queries of {len({*tasks})} tasks")
   for method in dict.fromkeys(_METHODS.value):
-    lens = lenses.lens(
-      store, features, method, damping=_DAMPING.value, inverse=_INVERSE.value
-    )
-    names, scores = search.by_document(search.scores(lens), store.names)
-    per_nat = scores / nats
-    print(f"\n{display(method)}, per nat of the completion")
-    results[method] = analysed(run, asked, names, per_nat)
-    matrix = procedural.correlations(per_nat)
-    order = np.argsort([x.task for x in asked], kind="stable")
-    figures.correlations(
-      folder / f"correlations_{method}.png",
-      matrix[np.ix_(order, order)],
-      [asked[i].task for i in order],
-    )
-  path = folder / "results.json"
-  path.write_text(json.dumps(results, indent=2) + "\n")
-  print(f"\nfigures and results.json in {folder}")
+    scores = search.scores(asked.seen(method))
+    names, scores = search.by_document(scores, asked.store.names)
+    workdir.say(f"\n{display(method)}, per nat of the completion")
+    analysed(run, workdir, method, queries, names, scores / nats)
+  reports.write(workdir, __doc__)
 
 
 def read(path: str) -> list[Query]:
   """The queries of a JSONL file."""
-  queries = []
-  for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
-    if not line.strip():
-      continue
-    try:
-      x = json.loads(line)
-      answer = x.get("answer")
-      queries.append(Query(x["task"], x["prompt"], x["completion"], answer))
-    except (ValueError, KeyError, AttributeError) as error:
-      raise ValueError(
-        f"line {number} of {path} is no JSON object with a task, a prompt and a"
-        f" completion: {error!r}"
-      ) from error
-  return queries
+  return [
+    Query(x["task"], x["prompt"], x["completion"], x.get("answer"))
+    for x in store_task.read(path, ("task", "prompt", "completion"))
+  ]
 
 
 def own(run: Run) -> list[Query]:
   """Those of the store's config."""
   task = run.task
   if not any(said for _, said in task.pairs):
-    raise ValueError(
-      f"{_STORE.value} has no queries of its own: give --queries"
-    )
+    raise store_task.no_queries()
   if task.held:
     names = [influence_kinds.of(name) for name in task.held]
   else:  # of facts the first words after the name
@@ -131,52 +94,68 @@ def own(run: Run) -> list[Query]:
 
 
 def analysed(
-  run: Run, asked: Sequence[Query], names: Sequence[str], scores: np.ndarray
-) -> dict:
-  """Prints what there is to say of scores [D, Q], and returns it."""
-  tasks = [x.task for x in asked]
+  run: Run,
+  workdir: Workdir,
+  method: str,
+  queries: Sequence[Query],
+  names: Sequence[str],
+  scores: np.ndarray,
+) -> None:
+  """Says, records and draws what there is to say of scores [D, Q]."""
+  tasks = [x.task for x in queries]
   count = max(2, round(_FIRST.value * len(scores)))
-  between = procedural.between(procedural.correlations(scores), tasks)
+  matrix = procedural.correlations(scores)
+  between = procedural.between(matrix, tasks)
+  workdir.say(
+    "correlation of queries, mean over pairs of different ones\n"
+    + table({k: list(row.values()) for k, row in between.items()}, between)
+  )
+  order = np.argsort(tasks, kind="stable")
+  figures.correlations(
+    workdir.path / f"correlations_{method}.png",
+    matrix[np.ix_(order, order)],
+    [tasks[i] for i in order],
+  )
   slopes = grouped(tasks, procedural.slope(scores, count))
-  texts = dict(zip(run.task.names, run.task.texts, strict=True))
-  right = procedural.holds([texts[x] for x in names], [x.answer for x in asked])
-  answers = procedural.found(scores, right, count)
-  header = ["task", *between]
-  body = [
-    [k, *(f"{x:.2f}" for x in row.values())] for k, row in between.items()
-  ]
-  print("correlation of queries, mean over pairs of different ones")
-  print(tables.aligned(header, body, [False, *[True] * len(between)]))
   cells = ", ".join(f"{k} {x:.2f}" for k, x in slopes.items())
-  print(f"slope of influence over rank, first {count} documents: {cells}")
+  workdir.say(
+    f"\nslope of influence over rank, first {count} documents: {cells}"
+  )
+  texts = dict(zip(run.task.names, run.task.texts, strict=True))
+  right = procedural.holds(
+    [texts[x] for x in names], [x.answer for x in queries]
+  )
+  answers = procedural.found(scores, right, count)
   if answers["queries"]:
-    print(
+    workdir.say(
       f"of {answers['queries']:.0f} queries with an answer in the corpus"
       f" {answers['found']:.0%} have one of its documents among the first"
       f" {count}; by chance {answers['chance']:.0%}"
     )
-  kinds = run.task.kinds
-  if kinds is None:
-    said = [influence_kinds.of(name) for name in names]
-  else:
-    known = dict(zip(run.task.names, kinds, strict=True))
-    said = [str(known[name]) for name in names]
-  many = {}
-  if len({*said}) > 1:
-    found = procedural.multipliers(scores, said, count)
-    many = {kind: grouped(tasks, x) for kind, x in found.items()}
-    body = [
-      [task, *(f"{many[kind][task]:.2f}" for kind in many)]
-      for task in dict.fromkeys(tasks)
-    ]
-    print(f"times as frequent among the first {count} as in the corpus")
-    print(tables.aligned(["task", *many], body, [False, *[True] * len(many)]))
-  return {
-    "correlations": between,
-    "slopes": slopes,
-    "answers": answers,
-    "multipliers": many,
-  }
+  found = procedural.multipliers(scores, kinds(run, names), count)
+  many = {kind: grouped(tasks, x) for kind, x in found.items()}
+  if len(many) > 1:
+    rows = {task: [x[task] for x in many.values()] for task in between}
+    workdir.say(
+      f"\ntimes as frequent among the first {count} as in the corpus\n"
+      + table(rows, many)
+    )
+  results = {"correlations": between, "slopes": slopes, "answers": answers}
+  workdir.record(method, results | {"multipliers": many})
+
+
+def kinds(run: Run, names: Sequence[str]) -> list[str]:
+  """Those of planted documents, or their folders."""
+  if run.task.kinds is None:
+    return [influence_kinds.of(name) for name in names]
+  known = dict(zip(run.task.names, run.task.kinds, strict=True))
+  return [str(known[name]) for name in names]
+
+
+def table(rows: Mapping[str, Sequence[float]], columns: Iterable[str]) -> str:
+  header = ["task", *columns]
+  body = [[task, *(f"{x:.2f}" for x in cells)] for task, cells in rows.items()]
+  return tables.aligned(header, body, [False, *[True] * (len(header) - 1)])
 
 
 def grouped(tasks: Sequence[str], values: np.ndarray) -> dict[str, float]:

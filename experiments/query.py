@@ -15,14 +15,12 @@ of the first K documents, at a tenth of the rate of training, makes the answer
 likelier (Chang et al. 2024).
 """
 
-import json
-import pathlib
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import (
   influence_page,
@@ -31,33 +29,23 @@ from experiments import (
   reports,
   store_task,
 )
-from experiments.store_task import Run
+from experiments.store_task import Asked, Run
 from tda import records, streams
-from tda.attribution import language as attribution
-from tda.attribution import logra
 from tda.data import retrieval
-from tda.data.packing import Rows
 from tda.evaluation import ranking
 from tda.evaluation.tail_patch import tail_patch
 from tda.evaluation.workdir import Workdir
 from tda.models import decoder
 from tda.report import tables
 from tda.report.names import display
-from tda.store import disk, lenses, search
+from tda.store import lenses, search
 from tda.store.disk import Store
 from tda.store.search import Ends, Lens
 
-_STORE = flags.DEFINE_string(
-  "store", None, "What build_store had as --workdir.", required=True
-)
 _PROMPT = flags.DEFINE_string("prompt", None, "What is said before.")
 _COMPLETION = flags.DEFINE_string("completion", None, "What is asked about.")
 _QUERIES = flags.DEFINE_string("queries", None, "A JSONL file of both.")
 _METHOD = flags.DEFINE_enum("method", "logra", lenses.METHODS, "See lenses.")
-_DAMPING = flags.DEFINE_float("damping", 0.1, "Relative to mean eigenvalues.")
-_INVERSE = flags.DEFINE_enum(
-  "inverse", "eigen", ["eigen", "hyperpower", "diagonal"], "Of the Fisher."
-)
 _K = flags.DEFINE_integer("k", 5, "Documents of each end of each query.")
 _SHOWN = flags.DEFINE_integer("shown", 5, "Queries that are printed.")
 _FIRST = flags.DEFINE_integer(
@@ -73,17 +61,11 @@ SHOWN = 100  # characters of a document, or of either side of a query
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
-  run = store_task.reopened(_STORE.value)
-  store = disk.opened(run.store)
-  pairs = asked(run)
-  model, by = run.model, run.corpus.tokenizer
-  queries = attribution.completions(pairs, by, run.setting.length)
-  objective = decoder.objective(model.config)
-  log = logra.reopened(store, objective, model.params, queries)
-  loop = streams.Loop(run.setting.batch_size, "queries")
-  rows = log.ask(model.params, queries, loop=loop)
-  lens = seen(store, rows, _METHOD.value, damaged=_DAMAGED.value)
+  run = store_task.reopened()
+  pairs = wanted(run)
+  asked = store_task.asked(run, pairs)
+  store = asked.store
+  lens = asked.seen(_METHOD.value, damaged=_DAMAGED.value)
   among = candidates(run, store, pairs)
   started = time.monotonic()
   found = search.ends(
@@ -91,8 +73,9 @@ def main(_) -> None:
   )
   seconds = time.monotonic() - started
   how = {"method": _METHOD.value, "k": _K.value, "first_stage": _FIRST.value}
-  how |= {"damping": _DAMPING.value, "inverse": _INVERSE.value}
-  which = records.digest([rows, *map(str, how.values())])[:8]
+  how["damping"] = store_task.DAMPING.value
+  how["inverse"] = store_task.INVERSE.value
+  which = records.digest([asked.rows, *map(str, how.values())])[:8]
   workdir = Workdir(run.workdir.path / "queries" / which, how)
   show(run, pairs, found)
   for said in found.lost:
@@ -102,57 +85,27 @@ def main(_) -> None:
     workdir.say(kept(lens, among))
   planted = run.task.kinds is not None and pairs == run.task.pairs
   if planted and not found.lost:
-    workdir.say(f"\n{retrieved(run, store, rows, queries)}")
+    workdir.say(f"\n{retrieved(run, workdir, asked)}")
   for key, value in written(pairs, found).items():
     workdir.record(key, value)
-  shown = query_page.section(
-    run, log, lens, queries, pairs[: _SHOWN.value], found
-  )
+  shown = query_page.section(run, asked, lens, pairs[: _SHOWN.value], found)
   reports.write(workdir, __doc__, shown)
 
 
-def seen(
-  store: Store, rows: np.ndarray, method: str, *, damaged: bool = False
-) -> Lens:
-  """The queries' view of the store, by the flags' damping and inverse."""
-  return lenses.lens(
-    store,
-    rows,
-    method,
-    damping=_DAMPING.value,
-    inverse=_INVERSE.value,
-    damaged=damaged,
-  )
-
-
-def asked(run: Run) -> list[tuple[str, str]]:
+def wanted(run: Run) -> list[tuple[str, str]]:
   """Prompts and completions of the flags, or of the store's config."""
   prompt, completion = _PROMPT.value, _COMPLETION.value
   if (prompt is None) != (completion is None):
     raise ValueError("give --prompt and --completion, or neither")
   if prompt is not None and completion is not None:
     return [(prompt, completion)]
-  if _QUERIES.value is None:
-    pairs = [pair for pair in run.task.pairs if pair[1]]
-    if not pairs:
-      raise ValueError(
-        f"{_STORE.value} has no queries of its own: give --prompt and"
-        " --completion, or --queries"
-      )
-    return pairs
-  pairs = []
-  lines = pathlib.Path(_QUERIES.value).read_text().splitlines()
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      fields = json.loads(line)
-      pairs.append((fields["prompt"], fields["completion"]))
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-        f"line {number} of {_QUERIES.value} is no JSON object with a prompt and"
-        f" a completion: {error!r}"
-      ) from error
+  if _QUERIES.value is not None:
+    names = "prompt", "completion"
+    lines = store_task.read(_QUERIES.value, names)
+    return [(x["prompt"], x["completion"]) for x in lines]
+  pairs = [pair for pair in run.task.pairs if pair[1]]
+  if not pairs:
+    raise store_task.no_queries()
   return pairs
 
 
@@ -191,27 +144,24 @@ def show(run: Run, pairs: list[tuple[str, str]], found: Ends) -> None:
         print(f"  {score:+10.4g}  {name}: {said}")
 
 
-def retrieved(run: Run, store: Store, rows: np.ndarray, queries: Rows) -> str:
+def retrieved(run: Run, workdir: Workdir, asked: Asked) -> str:
   """Recall and reciprocal rank of the copies of each planted fact."""
   task, all_scores, body = run.task, {}, []
-  assert task.kinds is not None and task.fact is not None
-  mine = task.fact[:, None] == np.arange(len(task.pairs))
-  copies = mine & (task.kinds == "copy")[:, None]
-  places = {name: i for i, name in enumerate(dict.fromkeys(store.names))}
+  copies, names = task.copies(), asked.store.names
+  places = {name: i for i, name in enumerate(dict.fromkeys(names))}
   order = [places[name] for name in task.names]
   for method in lenses.METHODS:
-    if method == "trak" and rows.shape[1] > 2**13:
+    if method == "trak" and asked.rows.shape[1] > 2**13:
       continue  # one matrix of all columns
-    scores = search.scores(seen(store, rows, method))
-    _, total = search.by_document(scores, store.names)
+    _, total = search.by_document(search.scores(asked.seen(method)), names)
     all_scores[method] = total[order]
   all_scores |= influence_task.lexical(task)
   results = {k: ranking.means(x, copies) for k, x in all_scores.items()}
   if _PATCH.value:
-    falls = patched(run, queries, list(all_scores.values()))
+    falls = patched(run, asked, list(all_scores.values()))
     for found, fall in zip(results.values(), falls, strict=True):
       found["tail-patch"] = fall
-  run.workdir.record("retrieval", results)
+  workdir.record("retrieval", results)
   for name, found in sorted(results.items(), key=lambda x: -x[1]["MRR"]):
     body.append([display(name), *(f"{x:.3f}" for x in found.values())])
   header = ["method", *next(iter(results.values()))]
@@ -219,7 +169,7 @@ def retrieved(run: Run, store: Store, rows: np.ndarray, queries: Rows) -> str:
 
 
 def patched(
-  run: Run, queries: Rows, scores: Sequence[np.ndarray]
+  run: Run, asked: Asked, scores: Sequence[np.ndarray]
 ) -> list[float]:
   """Mean fall of −log p by a step on each of the first documents, by scores."""
   by, length = run.corpus.tokenizer, run.setting.length
@@ -234,7 +184,7 @@ def patched(
   step = optax.adam(run.setting.learning_rate / 10)
   loop = streams.Loop(64, "tail-patch")
   falls = tail_patch(
-    loss, loss, params, documents, queries, found, step, loop=loop
+    loss, loss, params, documents, asked.queries, found, step, loop=loop
   )
   return [float(x.mean()) for x in np.split(falls, len(scores), axis=1)]
 

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments import influence_page
-from experiments.store_task import Run
+from experiments import influence_page, language
+from experiments.store_task import Asked, Run
 from tda import streams
 from tda.attribution import influence, projected
-from tda.attribution.logra import Logger
 from tda.data import text
-from tda.data.packing import Rows
 from tda.models import decoder
 from tda.report.page import Document, Ranking, Section
 from tda.store import layout, search
@@ -28,9 +27,8 @@ UNIT = (
 
 def section(
   run: Run,
-  log: Logger,
+  asked: Asked,
   lens: Lens,
-  queries: Rows,
   pairs: Sequence[tuple[str, str]],
   found: Ends,
 ) -> Section:
@@ -40,8 +38,7 @@ def section(
   rows = np.unique(rows[rows >= 0])
   named = lens.store.names
   names = [named[i] for i in rows]
-  known = dict(zip(run.task.names, run.task.texts, strict=True))
-  coloured = _tokens(run, log, lens, queries, count, known, rows, names)
+  coloured = _tokens(run, asked, lens, count, rows, names)
   layers = _layers(lens, rows, count)
 
   def documents(end: Found, q: int, first: int, step: int) -> list[Document]:
@@ -64,21 +61,30 @@ def section(
   return Section("Queries", [UNIT, *rankings])
 
 
-def _tokens(run, log, lens, queries, count, known, rows, names):
+def _tokens(
+  run: Run,
+  asked: Asked,
+  lens: Lens,
+  count: int,
+  rows: np.ndarray,
+  names: Sequence[str],
+) -> dict[int, list[list[tuple[str, float]]]]:
   """The tokens of each row with their scores, {row: of each query}.
 
   Of a document that was cut into pieces all rows show the whole of it.
   """
-  by = run.corpus.tokenizer
+  by, log = run.corpus.tokenizer, asked.log
+  known = dict(zip(run.task.names, run.task.texts, strict=True))
   texts = list(dict.fromkeys(names))
   probes, sizes = influence_page.alone(
     [known[name] for name in texts], by, run.setting.length
   )
-  seen = layout.split(jax.numpy.asarray(lens.directions[:count]), log.layout)
+  seen = layout.split(jnp.asarray(lens.directions[:count]), log.layout)
   fixed = projected.back(seen, log.sides)
   aim, params = decoder.objective(run.model.config), run.model.params
-  score = influence.scorer(run.traced, aim, query_batch=count, shares="tokens")
-  few = jax.tree.map(lambda x: x[:count], queries)
+  found = language.traced(run.setting, run.model, run.corpus.rows)
+  score = influence.scorer(found, aim, query_batch=count, shares="tokens")
+  few = jax.tree.map(lambda x: x[:count], asked.queries)
   loop = streams.Loop(run.setting.batch_size, "tokens")
   only = {"seen": lambda grads: fixed}
   values = score(params, probes, few, only, loop=loop)["seen"].values

@@ -1,26 +1,37 @@
-"""What `build_store` and `query` share: a corpus, its model and its logger."""
+"""What the binaries on a store share: corpus, model, what is asked of it."""
 
 import json
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from experiments import influence_task, language
 from experiments.influence_task import Task
 from experiments.language import Corpus, Model
-from tda import blocks, projections, streams
+from tda import projections, streams
+from tda.attribution import language as attribution
 from tda.attribution import logra
 from tda.attribution.logra import Logger
-from tda.blocks import Trace
 from tda.curvature import fitting
+from tda.data.packing import Rows
 from tda.evaluation.workdir import Workdir
 from tda.models import decoder
-from tda.store import disk
+from tda.store import disk, lenses
+from tda.store.disk import Store
+from tda.store.search import Lens
 
-PROJECTIONS = ("random", "sparse", "principal")
-STORE = "store"
+STORE = flags.DEFINE_string(
+  "store", None, "What build_store had as --workdir, of which is asked."
+)
+DAMPING = flags.DEFINE_float("damping", 0.1, "Relative to mean eigenvalues.")
+INVERSE = flags.DEFINE_enum(
+  "inverse", "eigen", ["eigen", "hyperpower", "diagonal"], "Of the Fisher."
+)
 
 
 class Run(NamedTuple):
@@ -33,26 +44,36 @@ class Run(NamedTuple):
   model: Model
 
   @property
-  def traced(self) -> Trace:
-    """The blocks whose gradients are stored."""
-    return blocks.trace(
-      decoder.objective(self.model.config).outputs,
-      self.model.params,
-      streams.example(self.corpus.rows),
-      select=decoder.SITES[self.setting.sites],
-    )
-
-  @property
   def store(self) -> str:
     """The folder of its gradients."""
-    return self.workdir.folder(STORE)
+    return self.workdir.folder("store")
+
+
+class Asked(NamedTuple):
+  """A store and the gradients of queries along its directions."""
+
+  store: Store
+  log: Logger
+  queries: Rows
+  rows: np.ndarray  # [Q, F]
+
+  def seen(self, method: str, *, damaged: bool = False) -> Lens:
+    """The queries' view of the store, by the flags' damping and inverse."""
+    return lenses.lens(
+      self.store,
+      self.rows,
+      method,
+      damping=DAMPING.value,
+      inverse=INVERSE.value,
+      damaged=damaged,
+    )
 
 
 def opened(setting: ConfigDict, path: str) -> Run:
   """The run of a setting; its model is trained if it has to be."""
-  if setting.projection not in PROJECTIONS:
+  if setting.projection not in projections.KINDS:
     raise ValueError(
-      f"projection={setting.projection!r}: choose of {list(PROJECTIONS)}"
+      f"projection={setting.projection!r}: choose of {list(projections.KINDS)}"
     )
   asks = bool(setting.prompts or setting.ask or setting.documents == "planted")
   task = influence_task.asked(setting, queries=asks)
@@ -63,15 +84,16 @@ def opened(setting: ConfigDict, path: str) -> Run:
   )
 
 
-def reopened(path: str) -> Run:
-  """That of a folder that `build_store` made."""
-  record = pathlib.Path(path) / "config.json"
-  if not record.exists():
+def reopened() -> Run:
+  """That of the folder that --store names."""
+  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
+  path = STORE.value
+  if path is None or not pathlib.Path(path, "config.json").exists():
     raise ValueError(
       f"{path} is no folder of experiments.build_store: give as --store what"
       " that had as --workdir"
     )
-  fields = json.loads(record.read_text())
+  fields = json.loads(pathlib.Path(path, "config.json").read_text())
   known = {k: v for k, v in fields.items() if k not in ("data", "weights")}
   return opened(ConfigDict(known), path)
 
@@ -80,27 +102,64 @@ def logger(run: Run, loop: streams.Loop) -> Logger:
   """What turns documents and queries into rows of the store."""
   setting, rows, model = run.setting, run.corpus.rows, run.model
   objective = decoder.objective(model.config)
-  select = decoder.SITES[setting.sites]
-  key = jax.random.key(setting.seed)
-  sides = None
+
+  def basis():
+    fit = fitting.fitter(found, objective, methods=["kfac"])
+    kept = loop._replace(directory=run.workdir.folder("moments"))
+    return fit(model.params, rows, loop=kept)["kfac"].basis
+
   if pathlib.Path(run.store, logra.PROJECTION).exists():
     sides = logra.directions(disk.opened(run.store))  # the same to the bit
-  elif setting.projection != "random":
-    found = run.traced
-    if setting.projection == "sparse":
-      sides = projections.sparse(found, key, setting.dimension)
-    else:
-      fit = fitting.fitter(found, objective, methods=["kfac"])
-      kept = loop._replace(directory=run.workdir.folder("moments"))
-      basis = fit(model.params, rows, loop=kept)["kfac"].basis
-      sides = projections.principal(found, key, setting.dimension, basis)
+  else:
+    found = language.traced(setting, model, rows)
+    key, count = jax.random.key(setting.seed), setting.dimension
+    sides = projections.of_kind(setting.projection, found, key, count, basis)
   return logra.logger(
     objective,
     model.params,
     rows,
-    key=key,
-    dimension=setting.dimension,
     sides=sides,
-    select=select,
+    select=decoder.SITES[setting.sites],
     shares="segments",
+  )
+
+
+def asked(run: Run, pairs: Sequence[tuple[str, str]]) -> Asked:
+  """Prompts and completions as rows like those of the store."""
+  store, model = disk.opened(run.store), run.model
+  queries = attribution.completions(
+    pairs, run.corpus.tokenizer, run.setting.length
+  )
+  objective = decoder.objective(model.config)
+  log = logra.reopened(store, objective, model.params, queries)
+  loop = streams.Loop(run.setting.batch_size, "queries")
+  return Asked(store, log, queries, log.ask(model.params, queries, loop=loop))
+
+
+def read(path: str, names: Sequence[str]) -> list[Mapping[str, Any]]:
+  """The lines of a JSONL file of queries, which have at least these fields."""
+  found = []
+  for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      fields = json.loads(line)
+      missing = [name for name in names if name not in fields]
+    except (ValueError, TypeError) as error:
+      raise ValueError(
+        f"line {number} of {path} is no JSON: {error}"
+      ) from error
+    if missing:
+      raise ValueError(
+        f"line {number} of {path} lacks {missing}: a query has {list(names)}"
+      )
+    found.append(fields)
+  return found
+
+
+def no_queries() -> ValueError:
+  """That a store's config has none."""
+  return ValueError(
+    f"{STORE.value} has no queries of its own: give --queries, or --prompt and"
+    " --completion to experiments.query"
   )

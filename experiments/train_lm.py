@@ -6,10 +6,8 @@ Trains a decoder, reports bits per byte on held-out documents, and writes it to
 WORKDIR/model as Hugging Face would. A run that was stopped goes on.
 """
 
-import pathlib
-
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import language, reports
@@ -29,12 +27,9 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # checkpoints report every step
   setting = _CONFIG.value
-  path = _WORKDIR.value or str(pathlib.Path("workdir/train_lm", setting.name))
+  path = language.begun("train_lm", setting, _WORKDIR.value)
   workdir = Workdir(path, setting.to_dict())
-  devices = jax.device_count()
-  print(f"{devices} {jax.default_backend()} device(s); results in {path}")
 
   tokenizer = language.tokenizer(setting)
   texts, others = language.split(setting)

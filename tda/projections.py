@@ -105,6 +105,28 @@ def principal(
   }
 
 
+KINDS = ("random", "sparse", "principal")
+
+
+def of_kind(
+  kind: str,
+  found: Trace,
+  key: jax.Array,
+  dimension: int,
+  basis: Callable[[], Mapping[str, Basis]],
+) -> dict[str, Sides]:
+  """`two_sided`, `sparse` or `principal` directions, by one of `KINDS`.
+
+  `basis` is asked for principal ones alone.
+  """
+  if kind not in KINDS:
+    raise ValueError(f"unknown projection {kind!r}; choose of {list(KINDS)}")
+  if kind == "principal":
+    return principal(found, key, dimension, basis())
+  draw = sparse if kind == "sparse" else two_sided
+  return draw(found, key, dimension)
+
+
 def _drawn(
   found: Trace, key: jax.Array, dimension: int, draw: Draw
 ) -> dict[str, Sides]:

@@ -52,8 +52,8 @@ class Logger(NamedTuple):
   Attributes:
     build: (folder, params, train, *, dtype, names, append, per_shard, loop) ->
       Store. Writes the rows of all examples in one pass that can be stopped;
-      options are those of `writing.build`, but that `names` are of the
-      documents that packed rows hold.
+      options are those of `disk.create` and `writing.build`, but that `names`
+      are of the documents that packed rows hold.
     ask: (params, queries, *, measurement=None, loop=Loop()) -> float32 [Q, F].
       The gradients of queries, which look like training examples unless a
       measurement m(params, query) -> scalar is given.
@@ -96,7 +96,7 @@ def logger(
 
   Raises:
     ValueError: neither a key nor directions, or shares that the gradients do
-      not have; `build` what `writing.build` refuses.
+      not have; `build` what `disk.create` and `writing.build` refuse.
   """
   example = streams.example(data)
   found = blocks.trace(objective.outputs, params, example, select=select)
@@ -142,18 +142,10 @@ def logger(
     if jax.process_index() == 0:
       disk.create(Path(folder), spans, dtype, about)
       _save(Path(folder) / PROJECTION, given)
-    meshes.together(f"{folder} projection")
+    meshes.together(f"{folder} created")
+    operands = params, carried
     return writing.build(
-      folder,
-      spans,
-      features,
-      (params, carried),
-      train,
-      about=about,
-      dtype=dtype,
-      names=names,
-      held=held,
-      **options,
+      folder, features, operands, train, names=names, held=held, **options
     )
 
   def ask(params, queries, *, measurement=None, loop=Loop()):
@@ -283,6 +275,8 @@ def _model(params: PyTree, select: Any) -> dict[str, Any]:
 
 
 def _save(path: Path, sides: Mapping[str, Sides]) -> None:
+  if path.exists():  # of the same ones, as the store's digest says
+    return
   arrays = {
     f"{side}/{name}": np.asarray(x)
     for name, given in sides.items()

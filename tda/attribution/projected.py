@@ -71,17 +71,8 @@ def along(grads: Blocks, sides: Mapping[str, Sides]) -> Blocks:
 
 def back(projected: Blocks, sides: Mapping[str, Sides]) -> Blocks:
   """The transpose of `along`: [B, *stack, G, O, I] of projected blocks."""
-
-  def one(x, given):
-    if given.inputs is not None:
-      x = jnp.einsum("b...op,...ip->b...oi", x, given.inputs, precision=HIGHEST)
-    if given.outputs is not None:
-      x = jnp.einsum(
-        "b...ui,...ou->b...oi", x, given.outputs, precision=HIGHEST
-      )
-    return x
-
-  return {name: one(x, sides[name]) for name, x in projected.items()}
+  turned = lambda x: x.swapaxes(-1, -2)
+  return along(projected, jax.tree.map(turned, dict(sides)))
 
 
 def of_measurement(

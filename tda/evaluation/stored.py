@@ -17,8 +17,6 @@ from tda.likelihoods import PyTree
 from tda.projections import Sides
 from tda.store import lenses, search
 
-KINDS = ("random", "sparse", "principal")
-
 
 def named(methods: Sequence[str]) -> list[str]:
   """Those methods that are from stores.
@@ -29,10 +27,14 @@ def named(methods: Sequence[str]) -> list[str]:
   found = [name for name in methods if name.split()[0] == "logra"]
   for name in found:
     _, *rest = name.split()
-    if len(rest) != 2 or rest[0] not in KINDS or not rest[1].isdecimal():
+    if (
+      len(rest) != 2
+      or rest[0] not in projections.KINDS
+      or not rest[1].isdecimal()
+    ):
       raise ValueError(
         f"unknown method {name!r}: write 'logra KIND K' with a kind of"
-        f" {list(KINDS)} and a number, as 'logra random 16'"
+        f" {list(projections.KINDS)} and a number, as 'logra random 16'"
       )
   return found
 
@@ -68,11 +70,11 @@ def _sides(
 ) -> dict[str, Sides]:
   objective, train = problem.objective, problem.dataset.train
   found = blocks.trace(objective.outputs, params, streams.example(train))
-  key, count = problem.key_for("projections"), int(dimension)
-  if kind != "principal":
-    draw = projections.sparse if kind == "sparse" else projections.two_sided
-    return draw(found, key, count)
-  fit = fitting.fitter(found, objective, methods=["kfac"])
-  loop = streams.Loop(problem.setting.fit_batch_size)
-  basis = fit(params, train, loop=loop)["kfac"].basis
-  return projections.principal(found, key, count, basis)
+
+  def basis():
+    fit = fitting.fitter(found, objective, methods=["kfac"])
+    loop = streams.Loop(problem.setting.fit_batch_size)
+    return fit(params, train, loop=loop)["kfac"].basis
+
+  key = problem.key_for("projections")
+  return projections.of_kind(kind, found, key, int(dimension), basis)

@@ -25,7 +25,7 @@ import numpy as np
 import tensorstore as ts
 
 from tda import parts as parts_lib
-from tda.store.layout import DTYPES, Span
+from tda.store.layout import DTYPES, Span, row_bytes, width
 
 VERSION = 1
 CHUNK = 2**21  # bytes, about, that one checksum is of
@@ -89,6 +89,14 @@ class Store(NamedTuple):
     """Whether no shard of any part is missing."""
     return len(self.shards) == sum(part.shards for part in self.parts)
 
+  def check_complete(self) -> None:
+    """Refuses to go by a part of the rows."""
+    if not self.complete:
+      raise ValueError(
+        f"{self.path} has {len(self.shards)} of"
+        f" {sum(part.shards for part in self.parts)} shards: build the rest"
+      )
+
 
 def opened(path: str | Path) -> Store:
   """A store that `writing.build` has made or begun.
@@ -109,13 +117,9 @@ def opened(path: str | Path) -> Store:
     Span(**{**span, "stack": tuple(span["stack"])})
     for span in manifest["layout"]
   )
-  parts, shards, first = [], [], 0
-  for folder in sorted((path / "parts").glob("[0-9]*")):
-    if not (folder / "part.json").exists():
-      continue
-    part = Part(folder, **json.loads((folder / "part.json").read_text()))
-    parts.append(part)
-    for record in sorted((folder / "shards").glob("*.json")):
+  found_parts, shards, first = parts(path), [], 0
+  for part in found_parts:
+    for record in sorted((part.path / "shards").glob("*.json")):
       found = json.loads(record.read_text())
       shard = Shard(
         part, int(record.stem), first, found["rows"], tuple(found["names"])
@@ -127,15 +131,28 @@ def opened(path: str | Path) -> Store:
     layout,
     manifest["dtype"],
     manifest["about"],
-    tuple(parts),
+    found_parts,
     tuple(shards),
   )
+
+
+def parts(path: Path) -> tuple[Part, ...]:
+  """Those of a store, whole or begun."""
+  records = sorted((path / "parts").glob("[0-9]*/part.json"))
+  return tuple(Part(x.parent, **json.loads(x.read_text())) for x in records)
 
 
 def create(
   path: Path, layout: Sequence[Span], dtype: str, about: Mapping[str, Any]
 ) -> None:
   """Makes an empty store, unless there is one of the same.
+
+  Args:
+    path: its folder; made if missing.
+    layout: of a row.
+    dtype: "bfloat16", "float32", or "int8" with a scale for each module.
+    about: what the rows are of, as JSON values by name: digests of the model
+      and of the projection, at least.
 
   Raises:
     ValueError: there is one of something else; says in what it differs.
@@ -178,10 +195,9 @@ def check(store: Store, about: Mapping[str, Any]) -> None:
     )
 
 
-def add(path: Path, digest: str, cut: Mapping[str, int]) -> None:
+def add(store: Store, digest: str, cut: Mapping[str, int]) -> None:
   """Makes room for a data set: a part with arrays of nothing yet."""
-  store = opened(path)
-  folder = path / "parts" / f"{len(store.parts):03d}"
+  folder = store.path / "parts" / f"{len(parts(store.path)):03d}"
   (folder / "shards").mkdir(parents=True, exist_ok=True)
   part = Part(folder, digest, **cut)
   for name, dtype, columns in arrays(store):
@@ -218,8 +234,7 @@ def missing(part: Part) -> list[int]:
 
 
 def cut(
-  layout: Sequence[Span],
-  dtype: str,
+  store: Store,
   counts: np.ndarray,
   each: int,
   per_shard: int | None,
@@ -231,7 +246,7 @@ def cut(
   MiB, and few enough that every process has a shard to fill.
   """
   examples = len(counts)
-  row = layout[-1].stop * jnp.dtype(dtype).itemsize
+  row = row_bytes(store.layout, store.dtype)
   if per_shard is None:
     per_shard = max(1, SHARD // (row * each))
     per_shard = min(per_shard, math.ceil(examples / processes))
@@ -251,8 +266,7 @@ def cut(
 
 def arrays(store: Store) -> list[tuple[str, Any, int]]:
   """Name, type and columns of the arrays of every part."""
-  width = store.layout[-1].stop
-  found = [("rows", jnp.dtype(store.dtype), width)]
+  found = [("rows", jnp.dtype(store.dtype), width(store.layout))]
   if store.dtype == "int8":
     modules = sum(span.modules for span in store.layout)
     found.append(("scales", np.dtype(np.float32), modules))

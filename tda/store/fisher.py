@@ -50,17 +50,7 @@ def fisher(
   """
   _check_size(store.layout)
 
-  def compute():
-    sums = {
-      span.name: jnp.zeros((span.modules, span.size, span.size))
-      for span in store.layout
-    }
-    count = 0
-    for block in reading.blocks(store, lost=lost):
-      sums = jax.block_until_ready(_added(sums, block.rows, store.layout))
-      count += block.held
-    return {k: np.asarray(x / max(count, 1)) for k, x in sums.items()}
-
+  compute = lambda: _summed(store, store.layout, lost)
   return _kept(store, "fisher", compute, lost)
 
 
@@ -70,19 +60,10 @@ def joint(store: Store, lost: list[str] | None = None) -> np.ndarray:
   Raises:
     ValueError: a matrix of more than 2 GiB.
   """
-  width = layout.width(store.layout)
-  one = (Span("all", 0, (), 1, 1, width),)
+  one = (Span("all", 0, (), 1, 1, layout.width(store.layout)),)
   _check_size(one)
 
-  def compute():
-    sums = {"all": jnp.zeros((1, width, width))}
-    count = 0
-    for block in reading.blocks(store, lost=lost):
-      decoded = Encoded(_decoded(block.rows, store.layout), None)
-      sums = jax.block_until_ready(_added(sums, decoded, one))
-      count += block.held
-    return {"all": np.asarray(sums["all"] / max(count, 1))}
-
+  compute = lambda: _summed(store, one, lost)
   return _kept(store, "joint", compute, lost)["all"]
 
 
@@ -176,6 +157,19 @@ def lengths(
   return _kept(store, name, compute, lost)["lengths"]
 
 
+def _summed(
+  store: Store, spans: tuple[Span, ...], lost: list[str] | None
+) -> dict[str, np.ndarray]:
+  """Means of f fᵀ over the rows, for spans that may be other than theirs."""
+  sums = {x.name: jnp.zeros((x.modules, x.size, x.size)) for x in spans}
+  count = 0
+  for block in reading.blocks(store, lost=lost):
+    added = _added(sums, block.rows, store.layout, spans)
+    sums = jax.block_until_ready(added)
+    count += block.held
+  return {k: np.asarray(x / max(count, 1)) for k, x in sums.items()}
+
+
 def _check_size(spans: Sequence[Span]) -> None:
   size = sum(4 * span.modules * span.size**2 for span in spans)
   if size > LARGEST:
@@ -190,11 +184,7 @@ def _kept(
   store: Store, name: str, compute: Compute, lost: list[str] | None
 ) -> dict[str, np.ndarray]:
   """Results of all rows of a store, in a file of theirs."""
-  if not store.complete:
-    raise ValueError(
-      f"{store.path} has {len(store.shards)} of"
-      f" {sum(part.shards for part in store.parts)} shards: build the rest"
-    )
+  store.check_complete()
   which = records.digest([part.digest for part in store.parts])[:16]
   path = Path(store.path) / "derived" / f"{name}_{which}.npz"
   if path.exists():
@@ -209,9 +199,14 @@ def _kept(
   return arrays
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _added(sums: Matrices, rows: Encoded, spans: tuple[Span, ...]) -> Matrices:
-  decoded = layout.decode(rows, spans)
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+def _added(
+  sums: Matrices,
+  rows: Encoded,
+  kept: tuple[Span, ...],
+  spans: tuple[Span, ...],
+) -> Matrices:
+  decoded = layout.decode(rows, kept)
 
   def add(span):
     own = layout.by_module(decoded, span)
@@ -219,11 +214,6 @@ def _added(sums: Matrices, rows: Encoded, spans: tuple[Span, ...]) -> Matrices:
     return sums[span.name] + products
 
   return {span.name: add(span) for span in spans}
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _decoded(rows: Encoded, spans: tuple[Span, ...]) -> Array:
-  return layout.decode(rows, spans)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -79,6 +79,12 @@ def width(layout: Sequence[Span]) -> int:
   return layout[-1].stop
 
 
+def row_bytes(layout: Sequence[Span], dtype: str) -> int:
+  """What a row takes, its scales included."""
+  modules = sum(span.modules for span in layout) if dtype == "int8" else 0
+  return width(layout) * jnp.dtype(dtype).itemsize + 4 * modules
+
+
 def joined(values: Mapping[str, Array], layout: Sequence[Span]) -> Array:
   """Rows [B, ..., F] of projected gradients [B, *stack, ..., G, S, P]."""
 

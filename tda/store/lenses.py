@@ -29,7 +29,6 @@ from tda.store.disk import Store
 from tda.store.search import Lens
 
 METHODS = ("dot", "cosine", "logra", "relatif", "trackstar", "trak")
-SIMILARITIES = ("cosine", "relatif", "trackstar")
 
 
 def lens(
@@ -81,30 +80,25 @@ def lens(
   if method == "trak":
     by = fisher.inverted({"": fisher.joint(store, lost)}, damping)[""][0]
     return Lens(store, (asked @ by / n).astype(np.float32), slopes)
-  summed = fisher.squares if inverse == "diagonal" else fisher.fisher
-  second = summed(store, lost)
-  how = "eigen" if inverse == "diagonal" else inverse
-  if method == "trackstar":
+  second, how = _second(store, inverse, lost)
+  mixes = method == "trackstar"
+  if mixes:
     second = _mixed(store, second, asked, mixing)
   by = fisher.inverted(second, damping, how)
   seen = fisher.applied(by, asked, store.layout)
   if method == "logra":
     return Lens(store, seen / n)
-  mixes = method == "trackstar"  # and is of these queries alone
+  # Lengths under a mixture are of these queries alone.
   weights = _over(fisher.lengths(store, by, lost, keep=not mixes))
-  if method == "trackstar":
-    seen = _unit(seen, asked)
-  return Lens(store, seen, weights)
+  return Lens(store, _unit(seen, asked) if mixes else seen, weights)
 
 
 def own(
   store: Store, *, damping: float = 0.1, inverse: str = "eigen"
 ) -> np.ndarray:
   """Self-influence f_nᵀ (F + λ)⁻¹ f_n / N of every row [N]."""
-  if inverse == "diagonal":
-    by = fisher.inverted(fisher.squares(store), damping)
-  else:
-    by = fisher.inverted(fisher.fisher(store), damping, inverse)
+  second, how = _second(store, inverse)
+  by = fisher.inverted(second, damping, how)
   return np.square(fisher.lengths(store, by)) / store.rows
 
 
@@ -114,6 +108,15 @@ def neighbours(
   """Rows of the store as queries: what is like them."""
   encoded = reading.take(store, rows)
   return lens(store, np.asarray(layout.decode(encoded, store.layout)), method)
+
+
+def _second(
+  store: Store, inverse: str, lost: list[str] | None = None
+) -> tuple[Mapping[str, np.ndarray], str]:
+  """F or its diagonals, and how to invert them."""
+  if inverse == "diagonal":
+    return fisher.squares(store, lost), "eigen"
+  return fisher.fisher(store, lost), inverse
 
 
 def _mixed(

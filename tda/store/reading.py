@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from tda.store import disk
 from tda.store.disk import Shard, Store
-from tda.store.layout import Encoded
+from tda.store.layout import Encoded, row_bytes
 
 READ = 2**24  # bytes, about, that are read at a time
 
@@ -46,9 +46,9 @@ def blocks(
     for part in store.parts
     for name, _, _ in arrays
   }
-  bytes_of_row = sum(np.dtype(d).itemsize * c for _, d, c in arrays)
   most = max((shard.rows for shard in store.shards), default=1)
-  size = min(rows or max(1, READ // bytes_of_row), max(1, most))
+  usual = max(1, READ // row_bytes(store.layout, store.dtype))
+  size = min(rows or usual, max(1, most))
   buffers = [[np.zeros((size, c), d) for _, d, c in arrays] for _ in range(3)]
   plan = [
     (shard, begin, min(begin + size, shard.rows))
@@ -66,15 +66,13 @@ def blocks(
       futures.append(into.write(source[offset + begin : offset + end]))
     return futures
 
+  names = [name for name, _, _ in arrays]
   waiting = {i: start(i) for i in range(min(2, len(plan)))}
   for i, (shard, begin, end) in enumerate(plan):
-    names = [name for name, _, _ in arrays]
     if _settled(shard, (begin, end), waiting.pop(i), names, lost):
       for buffer in buffers[i % 3]:
         buffer[end - begin :] = 0
-      values, *scales = buffers[i % 3]
-      rest = scales[0] if scales else None
-      yield Block(shard.first + begin, end - begin, Encoded(values, rest))
+      yield Block(shard.first + begin, end - begin, _encoded(buffers[i % 3]))
     if i + 2 < len(plan):
       waiting[i + 2] = start(i + 2)
 
@@ -103,7 +101,12 @@ def take(store: Store, rows: Sequence[int]) -> Encoded:
       future = ts.array(into).write(sources[shard.part.path][place])
       _settled(shard, (begin, begin + 1), [future], [name], None)
     found.append(values)
-  return Encoded(found[0], found[1] if len(found) > 1 else None)
+  return _encoded(found)
+
+
+def _encoded(arrays: Sequence[np.ndarray]) -> Encoded:
+  values, *scales = arrays
+  return Encoded(values, scales[0] if scales else None)
 
 
 def _settled(

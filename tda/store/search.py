@@ -163,11 +163,7 @@ def _checked(lenses: Lens | Sequence[Lens]) -> list[Lens]:
     raise ValueError("a search needs a store and directions")
   for lens in lenses:
     store, shape = lens.store, np.shape(lens.directions)
-    if not store.complete:
-      raise ValueError(
-        f"{store.path} has {len(store.shards)} of"
-        f" {sum(part.shards for part in store.parts)} shards: build the rest"
-      )
+    store.check_complete()
     columns = layout.width(store.layout)
     if len(shape) != 2 or shape[1] != columns:
       raise ValueError(
@@ -202,7 +198,7 @@ def _scores(
   if len(lenses) == 1:
     streams = [reading.blocks(lenses[0].store, lost=lost)]
   else:
-    size = max(_row_bytes(lens.store) for lens in lenses)
+    size = max(layout.row_bytes(x.store.layout, x.store.dtype) for x in lenses)
     rows = max(1, reading.READ // size)
     streams = [reading.blocks(lens.store, rows=rows) for lens in lenses]
   with tqdm.tqdm(total=total, desc=label, unit="row", disable=not label) as bar:
@@ -215,16 +211,12 @@ def _scores(
       bar.update(count)
 
 
-def _row_bytes(store: Store) -> int:
-  return layout.width(store.layout) * jnp.dtype(store.dtype).itemsize
-
-
 def _scored(lens: Lens, block: Block, inside: slice) -> np.ndarray:
   """Scores [Q, n] of a block."""
   store, rows = lens.store, block.rows
   size = len(rows.values)
   if jax.default_backend() == "cpu":
-    size = max(1, TILE // _row_bytes(store))
+    size = max(1, TILE // layout.row_bytes(store.layout, store.dtype))
   tile = lambda i: jax.tree.map(lambda x: x[i : i + size], rows)
   parts = [
     products(tile(i), lens.directions, store.layout)

@@ -34,13 +34,10 @@ Features = Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]
 
 def build(
   folder: str | os.PathLike,
-  spans: Sequence[Span],
   features: Features,
   operands: PyTree,
   data: PyTree,
   *,
-  about: Mapping[str, Any],
-  dtype: str = "bfloat16",
   names: Sequence[str] | None = None,
   held: np.ndarray | None = None,
   append: bool = False,
@@ -50,14 +47,10 @@ def build(
   """Writes the features of every example to disk; goes on where it was stopped.
 
   Args:
-    folder: of the store; made if missing.
-    spans: layout of a row.
+    folder: of a store that `disk.create` made.
     features: what is kept of an example.
     operands: their first argument.
     data: pytree of arrays with leading axis N.
-    about: what the rows are of, as JSON values by name: digests of the model
-      and of the projection, at least.
-    dtype: "bfloat16", "float32", or "int8" with a scale for each module.
     names: of the examples, or with `held` of the rows that it says are kept;
       their numbers unless given.
     held: bool [N, P], which parts of an example have a row of their own, where
@@ -67,11 +60,11 @@ def build(
     loop: how to run over the data. Several processes need a mesh.
 
   Raises:
-    ValueError: a store of another model, projection or layout; other data in it
-      and no `append`; names that are not as many; another process that writes
-      the same shard; a disk that is full. What was written is kept.
+    ValueError: other data in the store and no `append`; names that are not as
+      many; another process that writes the same shard; a disk that is full.
+      What was written is kept.
   """
-  path, n = Path(folder), streams.rows(data)
+  store, n = disk.opened(Path(folder)), streams.rows(data)
   process, processes = jax.process_index(), jax.process_count()
   if processes > 1 and loop.mesh is None:
     raise ValueError(f"{processes} processes need a mesh: give `loop` one")
@@ -80,23 +73,21 @@ def build(
     raise ValueError(
       f"{len(names)} names of {counts.sum()} rows: give one for each"
     )
-  if process == 0:
-    disk.create(path, spans, dtype, about)
   each = 1 if held is None else held.shape[1]
-  cut = disk.cut(spans, dtype, counts, each, per_shard, processes)
-  digest = records.digest(data)
+  cut = disk.cut(store, counts, each, per_shard, processes)
+  path, digest = store.path, records.digest(data)
   if process == 0:
     with (path / "lock").open("w") as file:  # one adds at a time
       fcntl.lockf(file, fcntl.LOCK_EX)
       if _part(path, digest, append) is None:
-        disk.add(path, digest, cut)
+        disk.add(store, digest, cut)
   meshes.together(f"{path} part {digest}")
   part = _part(path, digest, append)
   assert part is not None
   names = _numbers(part, path) if names is None else names
   todo = disk.missing(part)
   meshes.together(f"{path} missing {digest}")  # before any of them writes
-  _check_room(part, spans, dtype, counts, todo)
+  _check_room(store, part, counts, todo)
   owners = _owners(
     streams.batch_size(min(n, part.per_shard * len(todo)), loop), loop
   )
@@ -104,7 +95,7 @@ def build(
   shards = {who: todo[i :: len(writers)] for i, who in enumerate(writers)}
   order = _order(part, shards, owners)
   firsts = np.concatenate([[0], np.cumsum(counts)])
-  run = _encoded(features, tuple(spans), dtype, loop.mesh)
+  run = _encoded(features, store.layout, store.dtype, loop.mesh)
   mine = shards.get(process, [])
   with _filling(part, mine, names, firsts, held, owners) as put:
     streams.visit(run, operands, data, order, put, loop)
@@ -132,17 +123,17 @@ def _encoded(
 
 def _numbers(part: Part, path: Path) -> list[str]:
   """Those of the rows of a part, as names."""
-  before = [x.rows for x in disk.opened(path).parts if x.path < part.path]
+  before = [x.rows for x in disk.parts(path) if x.path < part.path]
   return [str(sum(before) + i) for i in range(part.rows)]
 
 
 def _part(path: Path, digest: str, append: bool) -> Part | None:
   """That of a data set, if it is there."""
-  store = disk.opened(path)
-  found = [part for part in store.parts if part.digest == digest]
+  there = disk.parts(path)
+  found = [part for part in there if part.digest == digest]
   if found:
     return found[0]
-  if store.parts and not append:
+  if there and not append:
     raise ValueError(
       f"{path} holds rows of other data: give this build another folder, or"
       " append=True to add these to them"
@@ -296,21 +287,15 @@ def _local(
 
 
 def _check_room(
-  part: Part,
-  spans: Sequence[Span],
-  dtype: str,
-  counts: np.ndarray,
-  todo: Sequence[int],
+  store: Store, part: Part, counts: np.ndarray, todo: Sequence[int]
 ) -> None:
   """Refuses to begin what the disk has no room for."""
-  row = layout.width(spans) * jnp.dtype(dtype).itemsize
-  if dtype == "int8":
-    row += 4 * sum(span.modules for span in spans)
   rows = sum(int(counts[part.inside(number)].sum()) for number in todo)
+  wanted = rows * layout.row_bytes(store.layout, store.dtype)
   free = shutil.disk_usage(part.path).free
-  if row * rows > free:
+  if wanted > free:
     raise ValueError(
-      f"{part.path} needs about {row * rows / 1e9:.3g} GB for {rows} rows and"
+      f"{part.path} needs about {wanted / 1e9:.3g} GB for {rows} rows and"
       f" {free / 1e9:.3g} GB are free: make room, or choose a smaller dimension"
       " or int8"
     )
