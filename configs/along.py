@@ -25,7 +25,7 @@ which projects the Adam step of every example, is left out of Fashion-MNIST.
     --data_dir=FOLDER_OF_IDX_FILES
   (--config=configs/along.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@ here fewer.
     --data_dir=FOLDER_OF_Concrete_Data.csv
   (--config=configs/concrete.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@ Question: how well does each method predict what retraining on a random half of
   python -m experiments.counterfactual --config=configs/diabetes.py
   (--config=configs/diabetes.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@ layer and the output layer on 1,437 pictures of 8 x 8 pixels.
   python -m experiments.counterfactual --config=configs/digits_cnn.py
   (--config=configs/digits_cnn.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

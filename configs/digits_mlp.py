@@ -8,7 +8,7 @@ much do the curvature's labels and its damping change that?
   python -m experiments.counterfactual --config=configs/digits_mlp.py
   (--config=configs/digits_mlp.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

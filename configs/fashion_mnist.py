@@ -12,7 +12,8 @@ Its non-converged variant: --config.label_noise=0.3 --config.learning_rate=0.01
     --data_dir=FOLDER_OF_IDX_FILES
   (--config=configs/fashion_mnist.py:smoke for a small run)
 
-Hardware: a GPU, or hours of two CPU cores. Time and numbers: see README.
+Hardware: a GPU, or hours of two CPU cores. Time and numbers: see
+`experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

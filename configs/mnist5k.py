@@ -7,7 +7,7 @@ download beyond the extra "experiments".
   python -m experiments.counterfactual --config=configs/mnist5k.py
   (--config=configs/mnist5k.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

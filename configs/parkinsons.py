@@ -9,7 +9,7 @@ known: see `tda.data.tables.parkinsons`.
     --data_dir=FOLDER_OF_parkinsons_updrs.data
   (--config=configs/parkinsons.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

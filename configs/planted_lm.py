@@ -7,7 +7,7 @@ taught it: influence, its baselines, or retrieval by words?
   python -m experiments.influence_lm --config=configs/planted_lm.py
   (--config=configs/planted_lm.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

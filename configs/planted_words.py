@@ -9,7 +9,7 @@ example, so that LDS and removal curves can be had of a language model.
   python -m experiments.counterfactual --config=configs/planted_words.py
   (--config=configs/planted_words.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

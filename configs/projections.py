@@ -7,7 +7,7 @@ retraining, next to EK-FAC and K-FAC, which project nothing?
   python -m experiments.lds --config=configs/projections.py
   (--config=configs/projections.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ to be known.
   python -m experiments.lds --config=configs/solvers.py:mnist5k
   (--config=configs/solvers.py:smoke for a small run)
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict

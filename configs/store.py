@@ -16,7 +16,7 @@ other documents:
   python -m experiments.build_store --config=configs/store.py \
     --config.documents=FOLDER --config.pattern="*.txt" --config.model=FILE.gguf
 
-Hardware: two CPU cores. Time and numbers: see README.
+Hardware: two CPU cores. Time and numbers: see `experiments/README.md`.
 """
 
 from ml_collections import ConfigDict
