@@ -22,6 +22,17 @@ def test_a_finished_stage_is_not_run_again(tmp_path):
   assert Workdir(tmp_path, {"seed": 0}).metrics()["seconds"]["score"] >= 0
 
 
+def test_reading_again_keeps_the_seconds_of_the_run(tmp_path):
+  workdir = Workdir(tmp_path, {"seed": 0})
+  workdir.record("seconds", {"train": 100.0})
+  with workdir.timed("train"):
+    pass
+  with workdir.timed("fit"):
+    pass
+  seconds = workdir.metrics()["seconds"]
+  assert seconds["train"] == 100 and seconds["fit"] < 100
+
+
 def test_a_stage_that_fails_leaves_nothing_behind(tmp_path):
   workdir = Workdir(tmp_path, {"seed": 0})
 

@@ -56,10 +56,14 @@ class Workdir:
 
   @contextlib.contextmanager
   def timed(self, name: str) -> Iterator[None]:
-    """Records the seconds that a stage took, once it is done."""
+    """Records the seconds that a stage took, once it is done.
+
+    A finished one that is read again keeps its own.
+    """
     start = time.monotonic()
     yield
-    self.record("seconds", {name: round(time.monotonic() - start, 2)})
+    taken = round(time.monotonic() - start, 2)
+    self.record("seconds", {name: taken} | self.metrics().get("seconds", {}))
 
   def folder(self, name: str) -> str:
     """Where a stage keeps its parts."""
