@@ -133,16 +133,16 @@ def dot(factors: Factors, directions: Array) -> Array:
     picked_BxTxQxO = _at(directions, factors)
     return einsum("bto,btqo->bq", factors.dy, picked_BxTxQxO)
   if not isinstance(factors, Outer):
-    return matmul(flat(gradient(factors)), flat(directions).T)
+    return _products(flat(gradient(factors)), flat(directions))
   batch, _, positions, width = factors.a.shape
   if positions == 1 and queries < width:
     return _dot_single(factors, directions)
   if not factors.bias or batch < queries:
-    return matmul(flat(gradient(factors)), flat(directions).T)
+    return _products(flat(gradient(factors)), flat(directions))
   grad, bias = _gradient_parts(factors)
   weights, column = directions[..., :width], directions[..., width]
-  return matmul(flat(grad), flat(weights).T) + matmul(
-    flat(bias), flat(column).T
+  return _products(flat(grad), flat(weights)) + _products(
+    flat(bias), flat(column)
   )
 
 
@@ -323,6 +323,17 @@ def matmul(x: Array, y: Array) -> Array:
   """The product in the accumulator's dtype."""
   dtype = accumulator(jnp.promote_types(x.dtype, y.dtype))
   return jnp.matmul(x, y, preferred_element_type=dtype)
+
+
+def _products(x_BxF: Array, y_QxF: Array) -> Array:
+  """Inner products [B, Q] of long rows.
+
+  A CPU multiplies several times faster where the left matrix has more rows. The
+  barrier keeps the compiler from turning the product around again.
+  """
+  if len(x_BxF) >= len(y_QxF):
+    return matmul(x_BxF, y_QxF.T)
+  return jax.lax.optimization_barrier(matmul(y_QxF, x_BxF.T)).T
 
 
 def einsum(spec: str, *operands: Array) -> Array:
