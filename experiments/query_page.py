@@ -83,7 +83,9 @@ def _tokens(
   fixed = projected.back(seen, log.sides)
   aim, params = decoder.objective(run.model.config), run.model.params
   found = language.traced(run.setting, run.model, run.corpus.rows)
-  score = influence.scorer(found, aim, query_batch=count, shares="tokens")
+  score = influence.scorer(
+    found, aim, measurement=aim.loss, query_batch=count, shares="tokens"
+  )
   few = jax.tree.map(lambda x: x[:count], asked.queries)
   loop = streams.Loop(run.setting.batch_size, "tokens")
   only = {"seen": lambda grads: fixed}

@@ -18,6 +18,7 @@ from tda.attribution import language as attribution
 from tda.attribution import logra
 from tda.attribution.logra import Logger
 from tda.curvature import fitting
+from tda.data import packing
 from tda.data.packing import Rows
 from tda.evaluation.workdir import Workdir
 from tda.models import decoder
@@ -127,8 +128,8 @@ def logger(run: Run, loop: streams.Loop) -> Logger:
 def asked(run: Run, pairs: Sequence[tuple[str, str]]) -> Asked:
   """Prompts and completions as rows like those of the store."""
   store, model = disk.opened(run.store), run.model
-  queries = attribution.completions(
-    pairs, run.corpus.tokenizer, run.setting.length
+  queries = packing.trimmed(
+    attribution.completions(pairs, run.corpus.tokenizer, run.setting.length)
   )
   objective = decoder.objective(model.config)
   log = logra.reopened(store, objective, model.params, queries)

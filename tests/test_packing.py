@@ -144,3 +144,16 @@ def test_tokens_come_back_from_rows_of_one_document():
     np.testing.assert_array_equal(found, one)
   with pytest.raises(ValueError, match="row 0 holds several documents"):
     packing.tokens(packing.pack(documents([3, 3]), 8))
+
+
+def test_trimmed_rows_have_the_same_losses():
+  config = tiny("llama")
+  params = draw(config)
+  rows = packing.pack(documents([9, 7, 7]), 10)
+  short = packing.trimmed(rows)
+  assert rows["x"].shape[1] == 10
+  assert {x.shape[1] for x in short.values()} == {9}
+  losses = jax.vmap(decoder.objective(config).loss, (None, 0))
+  np.testing.assert_allclose(
+    losses(params, short), losses(params, rows), rtol=1e-5
+  )

@@ -85,6 +85,12 @@ def pack(
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def trimmed(rows: Rows) -> Rows:
+  """The rows without the last positions, of which none of them uses one."""
+  used = np.flatnonzero(rows["segments"].any(axis=0))
+  return {name: x[:, : used[-1] + 1] for name, x in rows.items()}
+
+
 def completion(
   prompt: Sequence[int], answer: Sequence[int], length: int
 ) -> Rows:
