@@ -14,6 +14,7 @@ _NAMES = {
   "less": "LESS",
   "lissa": "LiSSA",
   "logra": "LoGra",
+  "relatif": "ℓ-RelatIF",
   "source": "SOURCE",
   "tfidf": "TF-IDF",
   "trackstar": "TrackStar",
