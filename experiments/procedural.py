@@ -9,7 +9,8 @@ config, whose tasks are the kinds of the documents that were held out, or of
 planted facts. Prints, for raw scores and for scores relative to each document's
 own influence, correlations within and across tasks, the slope of influence over
 rank, whether documents that hold the answer are among the first, and which
-kinds of document are over-represented there (Ruis et al. 2024).
+kinds of document are over-represented there (Ruis et al. 2024); and the same of
+BM25, for what words alone would say.
 """
 
 import collections
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments import influence_kinds, reports, store_task
+from experiments import influence_kinds, influence_task, reports, store_task
 from experiments.store_task import Run
 from tda import records, streams
 from tda.evaluation import procedural
@@ -49,7 +50,8 @@ class Query(NamedTuple):
 def main(_) -> None:
   run = store_task.reopened()
   queries = read(_QUERIES.value) if _QUERIES.value else own(run)
-  asked = store_task.asked(run, [(x.prompt, x.completion) for x in queries])
+  pairs = [(x.prompt, x.completion) for x in queries]
+  asked = store_task.asked(run, pairs)
   loop = streams.Loop(run.setting.batch_size, "surprisals")
   nats = training.surprisals(
     run.model.config, run.model.params, asked.queries, loop
@@ -68,6 +70,9 @@ def main(_) -> None:
     names, scores = search.by_document(scores, asked.store.names)
     workdir.say(f"\n{display(method)}, per nat of the completion")
     analysed(run, workdir, method, queries, names, scores / nats)
+  workdir.say("\nBM25: what the words alone have in common")
+  words = influence_task.lexical(run.task._replace(pairs=pairs))["bm25"]
+  analysed(run, workdir, "bm25", queries, run.task.names, words)
   reports.write(workdir, __doc__)
 
 
