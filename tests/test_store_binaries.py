@@ -82,7 +82,7 @@ def test_queries_of_a_file_are_asked_and_analysed(built, tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   (analysed,) = (folder / "procedural").iterdir()
   results = json.loads((analysed / "metrics.json").read_text())
-  assert {*results} == {"logra", "relatif"}
+  assert {*results} == {"logra", "relatif", "bm25"}
   assert "per nat of the completion" in (analysed / "report.html").read_text()
   assert -1 <= results["logra"]["correlations"]["x"]["x"] <= 1
   assert results["logra"]["answers"]["queries"] == 2
