@@ -10,10 +10,16 @@ queries held whole and held at rank 64. Columns are those of
 `experiments.benchmark_capture`, memory without the factors, the bases and the
 queries themselves. Sites are the MLPs.
 
-Goals: ratio / limit and memory at most 1.3. On two CPU cores the small decoder
-has, with --batch=32, ratio / limit .78 for covariances, .97 for eigenvalues,
-1.23 and 1.07 for the scans whole and at rank 64, memory 1.01 at most; with 8
-sequences the whole scan, which reads 64 gradients for each batch, has 1.51.
+Goals: ratio / limit and memory at most 1.3. On two CPU cores:
+
+                  covariances  eigenvalues  scan, whole  rank 64  memory, most
+  small, 8 rows           .60          .70         1.00      .98          1.21
+  small, 32 rows          .56          .68          .81      .79          1.01
+  SmolLM2, 4 rows         .66          .74          .71      .71           .90
+
+(--batch=8, --batch=32, and --model=FILE.gguf --batch=4 --queries=8). They are
+below 1 since XLA forms the gradient of a weight matrix, of which a pass forms
+none, slowly on a CPU.
 """
 
 import jax
