@@ -34,7 +34,7 @@ def panels(
     references: title -> name -> [K], thin dashed lines such as the best
       possible.
     controls: methods drawn in grey.
-    percent: whether both axes are fractions, shown as percentages.
+    percent: whether y is a fraction too, shown as a percentage as x is.
   """
   x = np.asarray(x, float)
   methods = [*dict.fromkeys(m for band in subjects.values() for m in band)]
@@ -60,8 +60,8 @@ def panels(
         x, line, linewidth=0.9, label=name, color=style.INK, linestyle=dots
       )
     style.tidy(axes, grid="both")
+    axes.xaxis.set_major_formatter("{x:.0%}")
     if percent:
-      axes.xaxis.set_major_formatter("{x:.0%}")
       axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(title, size=style.TITLE, color=style.INK, loc="left")
     axes.set_xlabel(xlabel, size=style.TEXT, color=style.INK)
