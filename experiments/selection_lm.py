@@ -24,6 +24,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -34,6 +35,7 @@ from tda import records
 from tda.data import text
 from tda.evaluation import mislabel
 from tda.evaluation.workdir import Arrays, Workdir
+from tda.models import decoder
 from tda.report import curves, tables
 from tda.report.names import display
 
@@ -54,9 +56,16 @@ def main(_) -> None:
   texts = text.documents(setting.documents, setting.pattern)
   data = records.digest({k: np.array(x) for k, x in texts.items()})
   workdir = Workdir(path, setting.to_dict() | {"data": data})
-  tokenizer = language.tokenizer(setting)
-  draw = functools.partial(selection_task.split, setting, texts, tokenizer)
-  subject = selection_task.subject(setting, draw(setting.seed), tokenizer)
+  by = language.tokenizer(setting)
+  config = language.decoder_config(setting, by.vocab)
+  tokens = jnp.zeros(1, jnp.int32)
+  draw = functools.partial(selection_task.split, setting, texts, by)
+  subject = selection_task.subject(
+    setting,
+    draw(setting.seed),
+    decoder.objective(config, "mean"),
+    lambda key: decoder.Decoder(config).init(key, tokens)["params"],
+  )
   compute = lambda seed: selection_task.compared(
     setting, subject, draw(seed), seed, workdir
   )
@@ -71,20 +80,20 @@ def main(_) -> None:
   reports.write(workdir, __doc__)
 
 
-def of_target(rows: Sequence[Arrays], method: str) -> np.ndarray:
-  """Losses on the target kind itself [seeds, F, T]."""
-  return np.stack([np.diagonal(x[method], axis1=1, axis2=2) for x in rows])
+def of_target(rows: Sequence[Arrays], name: str) -> np.ndarray:
+  """Losses of the target kind itself [seeds, F, T]."""
+  return np.stack([np.diagonal(row[name], axis1=1, axis2=2) for row in rows])
 
 
-def gained(rows: Sequence[Arrays], method: str) -> np.ndarray:
+def gained(rows: Sequence[Arrays], name: str) -> np.ndarray:
   """The same less those of a random choice."""
-  return of_target(rows, method) - of_target(rows, "random")
+  return of_target(rows, name) - of_target(rows, "random")
 
 
-def elsewhere(rows: Sequence[Arrays], method: str) -> np.ndarray:
-  """What is gained on the mean of the other kinds."""
-  change = np.stack([x[method] - x["random"] for x in rows])
-  return (change.sum(axis=3) - gained(rows, method)) / (change.shape[3] - 1)
+def elsewhere(rows: Sequence[Arrays], name: str) -> np.ndarray:
+  """And of the mean of the other kinds."""
+  change = np.stack([row[name] - row["random"] for row in rows])
+  return (change.sum(axis=3) - gained(rows, name)) / (change.shape[3] - 1)
 
 
 def show(
@@ -93,36 +102,24 @@ def show(
   rows: Sequence[Arrays],
   workdir: Workdir,
 ) -> None:
-  every = (*METHODS, *REFERENCES)
   sizes = [f"{fraction:.0%}" for fraction in setting.fractions]
-  over = lambda values: values.mean(axis=2)
-  smallest = f"at {sizes[0]} by target, less a random choice's"
-  shares = {x: np.stack([row[f"share {x}"] for row in rows]) for x in METHODS}
-  for title, header, values in (
-    (
-      "loss of the target kind",
-      sizes,
-      {x: over(of_target(rows, x)) for x in every},
-    ),
-    (
-      "the same less a random choice's",
-      sizes,
-      {x: over(gained(rows, x)) for x in every},
-    ),
-    (smallest, kinds, {x: gained(rows, x)[:, 0] for x in every}),
-    (
-      "loss of the other kinds less a random choice's",
-      sizes,
-      {x: over(elsewhere(rows, x)) for x in every},
-    ),
-    (
-      "share of the target kind in what is chosen",
-      sizes,
-      {x: over(shares[x]) for x in METHODS},
-    ),
-  ):
+  every, less = (*METHODS, *REFERENCES), "less a random choice's"
+
+  def say(title, header, of, names=every):
+    values = {name: of(name) for name in names}
     workdir.say(f"\n{title}\n{table(header, values)}")
-    workdir.record(title, {k: x.tolist() for k, x in values.items()})
+    workdir.record(title, {name: x.tolist() for name, x in values.items()})
+
+  over = lambda values: values.mean(axis=2)
+  say("loss of the target", sizes, lambda x: over(of_target(rows, x)))
+  say(f"the same {less}", sizes, lambda x: over(gained(rows, x)))
+  for i, size in enumerate(sizes):
+    say(
+      f"by target, {size}, {less}", kinds, lambda x, i=i: gained(rows, x)[:, i]
+    )
+  say(f"other kinds, {less}", sizes, lambda x: over(elsewhere(rows, x)))
+  share = lambda x: over(np.stack([row[f"share {x}"] for row in rows]))
+  say("share of the target in what is chosen", sizes, share, METHODS)
 
 
 def table(header: Sequence[str], values: dict[str, np.ndarray]) -> str:
@@ -141,18 +138,18 @@ def figure(
   rows: Sequence[Arrays],
   path: pathlib.Path,
 ) -> None:
-  found = {
-    x: mislabel.over_seeds(gained(rows, x)) for x in (*METHODS, *REFERENCES)
-  }
-  at = lambda name, i: tuple(part[:, i] for part in found[name])
+  def bands(names, i):
+    """Means and standard errors by method, of the target i."""
+    return {x: mislabel.over_seeds(gained(rows, x)[:, :, i]) for x in names}
+
   curves.panels(
     path,
     setting.fractions,
-    {kind: {x: at(x, i) for x in METHODS} for i, kind in enumerate(kinds)},
+    {kind: bands(METHODS, i) for i, kind in enumerate(kinds)},
     xlabel="documents chosen",
     ylabel="loss of the kind, less a random choice's",
     references={
-      kind: {display(x): at(x, i)[0] for x in REFERENCES}
+      kind: {display(x): mean for x, (mean, _) in bands(REFERENCES, i).items()}
       for i, kind in enumerate(kinds)
     },
     percent=False,

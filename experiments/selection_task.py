@@ -3,6 +3,7 @@
 Notation: N candidates, K kinds, each the target once, T targets, F fractions.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from experiments import influence_kinds, language
+from experiments import influence_kinds
 from tda import blocks, runs, streams, trajectory
 from tda.attribution import logra
 from tda.attribution.logra import Logger
@@ -54,33 +55,28 @@ class Subject(NamedTuple):
   measure: Callable  # (test, params) -> losses by kind [K]
 
 
-def subject(setting: ConfigDict, draw: Draw, by: Tokenizer) -> Subject:
-  """The model of a setting; of a draw only the shapes matter."""
-  config = language.decoder_config(setting, by.vocab)
-  objective = decoder.objective(config, "mean")
-  tokens, shapes = jnp.zeros(1, jnp.int32), decoder.shapes(config)
-  found = blocks.trace(
-    objective.outputs,
-    shapes,
-    streams.example(draw.train),
-    select=decoder.SITES[setting.sites],
-  )
+def subject(
+  setting: ConfigDict, draw: Draw, objective: Objective, init: Init
+) -> Subject:
+  """A model's runs; of a draw only the shapes matter."""
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  select = decoder.SITES[setting.sites]
+  example = streams.example(draw.train)
+  found = blocks.trace(objective.outputs, shapes, example, select=select)
   log = logra.logger(
     objective,
     shapes,
     draw.train,
     key=jax.random.key(setting.seed),
     dimension=setting.dimension,
-    select=decoder.SITES[setting.sites],
+    select=select,
   )
   n, kinds = draw.own.shape
-
   most = selection.count(n, max(setting.fractions))
 
   def fit(size):
     options = trajectory.resized(most, size, setting.batch_size, 1)
-    steps = trajectory.steps(**options)
-    adam = falling(setting.tune_learning_rate, steps)
+    adam = falling(setting.tune_learning_rate, trajectory.steps(**options))
 
     def train(start, data, weights, key):
       to_start = lambda key: start
@@ -93,14 +89,8 @@ def subject(setting: ConfigDict, draw: Draw, by: Tokenizer) -> Subject:
     losses = jax.vmap(objective.loss, (None, 0))(params, test)
     return losses.reshape(-1, kinds).mean(axis=0)
 
-  return Subject(
-    objective,
-    lambda key: decoder.Decoder(config).init(key, tokens)["params"],
-    found,
-    log,
-    {f: fit(selection.count(n, f)) for f in (*setting.fractions, 1.0)},
-    measure,
-  )
+  fits = {f: fit(selection.count(n, f)) for f in (*setting.fractions, 1.0)}
+  return Subject(objective, jax.jit(init), found, log, fits, measure)
 
 
 def falling(rate: float, steps: int) -> optax.GradientTransformation:
@@ -173,7 +163,7 @@ def warmed(
   points = runs.checkpoints(
     one.init,
     [stage],
-    weights,
+    [*weights],
     run_key,
     ends[1:].tolist(),
     directory=folder,
@@ -217,15 +207,14 @@ def compared(
   setting: ConfigDict, one: Subject, draw: Draw, seed: int, workdir: Workdir
 ) -> Arrays:
   """Test losses by kind [F, T, K] of `METHODS` and `REFERENCES`, and as "share
-  METHOD" how much of what is chosen is of the target kind [F, T]."""
+  METHOD" what part of the chosen documents is of the target kind [F, T]."""
   warm_key, chance_key, key = jax.random.split(jax.random.key(seed), 3)
   points, rates = warmed(
     setting, one, draw, warm_key, workdir.folder(f"warm_up_{seed}")
   )
   folder = workdir.folder(f"stores_{seed}")
   scores = scored(setting, one, draw, points, rates, chance_key, folder)
-  columns = np.stack([scores[name].T for name in METHODS])  # [methods, T, N]
-  n, kinds = draw.own.shape
+  columns = jnp.concatenate([scores[name].T for name in METHODS])
   start, train, test = jax.tree.map(
     jnp.asarray, (points[-1].params, draw.train, draw.test)
   )
@@ -241,20 +230,19 @@ def compared(
       label=f"seed {seed}, {fraction:.0%} of the documents",
     )[:, 0]
 
+  n, kinds = draw.own.shape
   losses, shares = [], []
   for fraction in setting.fractions:
-    masks = np.stack(
-      [selection.keep(-x, fraction) for x in columns.reshape(-1, n)]
-    )
-    losses.append(trained(fraction, masks).reshape(-1, kinds, kinds))
-    inside = (masks @ draw.own / masks.sum(axis=1, keepdims=True)).reshape(
-      -1, kinds, kinds
-    )
-    shares.append(np.diagonal(inside, axis1=1, axis2=2))
-  results = dict(zip(METHODS, np.stack(losses, axis=1), strict=True))
-  for name, x in zip(METHODS, np.stack(shares, axis=1), strict=True):
-    results[f"share {name}"] = x
+    keep = functools.partial(selection.keep, fraction=fraction)
+    masks = np.asarray(jax.vmap(keep)(-columns)).reshape(-1, kinds, n)
+    losses.append(trained(fraction, masks.reshape(-1, n)))
+    inside = np.einsum("mtn,nt->mt", masks, draw.own)
+    shares.append(inside / masks.sum(axis=2))
+  results: Arrays = {}
+  for i, name in enumerate(METHODS):
+    results[name] = np.stack([np.split(x, len(METHODS))[i] for x in losses])
+    results[f"share {name}"] = np.stack([x[i] for x in shares])
   whole = trained(1.0, np.ones((1, n)))[0]
   for name, x in zip(REFERENCES, (whole, measure(start)), strict=True):
-    results[name] = np.broadcast_to(x, results["less"].shape)
+    results[name] = np.broadcast_to(x, results["random"].shape)
   return results

@@ -31,8 +31,8 @@ def panels(
     subjects: title -> method -> (mean, standard error), each [K].
     xlabel: below the panels.
     ylabel: left of the first.
-    references: title -> name -> [K], thin dashed lines such as the best
-      possible.
+    references: title -> name -> [K], thin lines such as the best possible,
+      the first dotted and the others in longer and longer dashes.
     controls: methods drawn in grey.
     percent: whether y is a fraction too, shown as a percentage as x is.
   """
@@ -54,8 +54,8 @@ def panels(
       axes.fill_between(
         x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0
       )
-    for name, line in (references or {}).get(title, {}).items():
-      dots = (0, (1, 2))
+    for i, (name, line) in enumerate((references or {}).get(title, {}).items()):
+      dots = (0, (1 + 4 * i, 2))
       axes.plot(
         x, line, linewidth=0.9, label=name, color=style.INK, linestyle=dots
       )
