@@ -56,7 +56,7 @@ def get_config(size: str = "full") -> ConfigDict:
   config.tune_learning_rate = 1e-3
 
   config.seed = 0  # the first
-  config.seeds = 3  # each with its own split, warm-up and directions
+  config.seeds = 3  # each with its own split and warm-up; more may be added
   if size == "smoke":
     config.update(name="selection_lm_smoke", documents="stdlib")
     config.update(pattern="[ae][sm]*/*.py")  # asyncio and email

@@ -15,8 +15,31 @@ such stores, BM25 by the words of the same few documents, chance, and an oracle
 that draws from the target kind alone.
 
 Departures from the paper: the model that is trained on is the warmed-up one
-instead of the one before, which here knows nothing; no adapters; directions are
-those of a store, of both sides of every matrix.
+instead of the one before, which here knows nothing; there are no adapters, and
+directions are those of a store, of both sides of every matrix. Each seed is a
+stage of --workdir: an interrupted run is taken up, and more seeds may be added.
+
+On two CPU cores shared with other jobs in 56 minutes (315 seconds for the last
+of three seeds, when the cores were almost free) it printed, for 1,600
+candidates of five kinds cut by the command of the config, 163 k parameters and
+one epoch of 320 documents: the loss of the target kind less that after a random
+choice (4.431, 4.402 and 4.390 nats per token), ± one standard error over three
+seeds and five targets; and how much of the choice is of the target kind.
+
+                        5 % chosen         10 %               20 %
+  own kind              -.174 ± .011 1.00  -.169 ± .010 1.00  -.163 ± .009 1.00
+  BM25                  -.175 ± .010  .96  -.167 ± .010  .92  -.148 ± .010  .80
+  LESS                  -.168 ± .010  .96  -.157 ± .010  .90  -.129 ± .009  .72
+  gradient cosine       -.169 ± .010  .95  -.156 ± .010  .89  -.124 ± .009  .70
+  gradient dot product  -.152 ± .011  .90  -.143 ± .011  .84  -.115 ± .010  .68
+  no training           -.003 ± .007        .027 ± .005        .038 ± .004
+  all documents         -.209 ± .008       -.180 ± .006       -.168 ± .007
+
+LESS finds the target kind, but words find it as well: its loss less that of
+BM25's choice is .008 ± .005, .010 ± .004 and .019 ± .003, and cosines of plain
+gradients are within .005 of it. All documents, in five times as many steps, are
+better still. After LESS's choice the other kinds are .14 to .09 worse than
+after a random one.
 """
 
 import functools
@@ -55,7 +78,8 @@ def main(_) -> None:
     raise ValueError("no documents: give --config.documents, a folder of kinds")
   texts = text.documents(setting.documents, setting.pattern)
   data = records.digest({k: np.array(x) for k, x in texts.items()})
-  workdir = Workdir(path, setting.to_dict() | {"data": data})
+  fixed = {k: v for k, v in setting.to_dict().items() if k != "seeds"}
+  workdir = Workdir(path, fixed | {"data": data})
   by = language.tokenizer(setting)
   config = language.decoder_config(setting, by.vocab)
   tokens = jnp.zeros(1, jnp.int32)
@@ -85,13 +109,15 @@ def of_target(rows: Sequence[Arrays], name: str) -> np.ndarray:
   return np.stack([np.diagonal(row[name], axis1=1, axis2=2) for row in rows])
 
 
-def gained(rows: Sequence[Arrays], name: str) -> np.ndarray:
-  """The same less those of a random choice."""
-  return of_target(rows, name) - of_target(rows, "random")
+def gained(
+  rows: Sequence[Arrays], name: str, other: str = "random"
+) -> np.ndarray:
+  """The same less those of another choice."""
+  return of_target(rows, name) - of_target(rows, other)
 
 
 def elsewhere(rows: Sequence[Arrays], name: str) -> np.ndarray:
-  """And of the mean of the other kinds."""
+  """Losses of the mean of the other kinds, less those of a random choice."""
   change = np.stack([row[name] - row["random"] for row in rows])
   return (change.sum(axis=3) - gained(rows, name)) / (change.shape[3] - 1)
 
@@ -103,27 +129,31 @@ def show(
   workdir: Workdir,
 ) -> None:
   sizes = [f"{fraction:.0%}" for fraction in setting.fractions]
-  every, less = (*METHODS, *REFERENCES), "less a random choice's"
+  every = (*METHODS, *REFERENCES)
 
   def say(title, header, of, names=every):
     values = {name: of(name) for name in names}
     workdir.say(f"\n{title}\n{table(header, values)}")
     workdir.record(title, {name: x.tolist() for name, x in values.items()})
 
-  over = lambda values: values.mean(axis=2)
-  say("loss of the target", sizes, lambda x: over(of_target(rows, x)))
-  say(f"the same {less}", sizes, lambda x: over(gained(rows, x)))
+  def by_size(title, of, names=every):
+    flat = lambda name: np.swapaxes(of(name), 1, 2).reshape(-1, len(sizes))
+    say(title, sizes, flat, names)
+
+  by_size("loss of the target kind", lambda x: of_target(rows, x))
+  by_size("less a random choice's", lambda x: gained(rows, x))
+  by_size("less the choice's of BM25", lambda x: gained(rows, x, "bm25"))
   for i, size in enumerate(sizes):
-    say(
-      f"by target, {size}, {less}", kinds, lambda x, i=i: gained(rows, x)[:, i]
-    )
-  say(f"other kinds, {less}", sizes, lambda x: over(elsewhere(rows, x)))
-  share = lambda x: over(np.stack([row[f"share {x}"] for row in rows]))
-  say("share of the target in what is chosen", sizes, share, METHODS)
+    title = f"less a random choice's, {size} by target"
+    say(title, kinds, lambda x, i=i: gained(rows, x)[:, i])
+  title = "loss of the other kinds, less a random choice's"
+  by_size(title, lambda x: elsewhere(rows, x))
+  share = lambda x: np.stack([row[f"share {x}"] for row in rows])
+  by_size("share of the target kind in what is chosen", share, METHODS)
 
 
 def table(header: Sequence[str], values: dict[str, np.ndarray]) -> str:
-  """Means over seeds of values [seeds, columns] with their standard errors."""
+  """Means over repetitions of values [R, columns], with standard errors."""
   lines = []
   for name, x in sorted(values.items(), key=lambda item: item[1][:, 0].mean()):
     pairs = zip(*mislabel.over_seeds(x), strict=True)
