@@ -79,6 +79,20 @@ def steps(size: int, batch_size: int, epochs: int) -> int:
   return epochs * -(-size // batch_size)
 
 
+def resized(
+  n: int, size: int | None, batch_size: int, epochs: int
+) -> dict[str, Any]:
+  """Options of a run that keeps `size` of n examples, about as long as with n.
+
+  Fewer examples are seen in as many more epochs.
+  """
+  size = n if size is None else size
+  goal = steps(n, batch_size, epochs)
+  batch_size = min(batch_size, size)
+  epochs = max(round(goal / steps(size, batch_size, 1)), 1)
+  return {"batch_size": batch_size, "epochs": epochs, "size": size}
+
+
 def permutation(
   key: jax.Array, weights: jax.Array, epoch: jax.Array | int
 ) -> jax.Array:

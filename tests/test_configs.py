@@ -17,6 +17,7 @@ LANGUAGE = (
   "planted_lm",
   "maths_lm",
   "mixed_lm",
+  "selection_lm",
   "store",
 )  # of a third
 SETS = ("along", "solvers", "projections")  # of other sizes than full and smoke

@@ -9,7 +9,7 @@ import optax
 import oracles
 import pytest
 
-from tda import blocks, likelihoods, meshes, projections, runs, streams
+from tda import blocks, likelihoods, meshes, projections, runs
 from tda.attribution import less, logra
 from tda.store import lenses, search
 from tda.streams import Loop
@@ -141,25 +141,16 @@ def test_bad_arguments():
 def test_stores_of_updates_give_the_same_scores(tmp_path):
   p, asked, points = problem("tanh")
   seen = []
+  log = logra.logger(p.objective, p.params, p.data, key=KEY, dimension=999)
   for i, (point, rate) in enumerate(zip(points, RATES, strict=True)):
-    found = blocks.trace(
-      p.objective.outputs, point.params, streams.example(p.data)
+    updates = less.updates(p.found, point, **DECAYS)
+    store = log.build(
+      tmp_path / str(i), point.params, p.data, dtype="float32", updates=updates
     )
-    log = logra.logger(
-      p.objective,
-      point.params,
-      p.data,
-      key=KEY,
-      dimension=999,
-      updates=less.updates(found, point, **DECAYS),
-    )
-    store = log.build(tmp_path / str(i), point.params, p.data, dtype="float32")
     assert store.about["features"].startswith("Adam's updates")
     lens = lenses.lens(store, log.ask(point.params, asked), "cosine")
     seen.append(lens._replace(directions=rate * lens.directions))
   want = find("tanh", dimension=None, key=None).values
   np.testing.assert_allclose(search.scores(seen), want, rtol=1e-4, atol=1e-6)
   with pytest.raises(ValueError, match="of another features"):
-    logra.logger(
-      p.objective, points[0].params, p.data, key=KEY, dimension=999
-    ).build(tmp_path / "0", points[0].params, p.data, dtype="float32")
+    log.build(tmp_path / "0", points[0].params, p.data, dtype="float32")

@@ -209,8 +209,7 @@ def test_a_store_is_of_the_updates_that_it_was_built_with(tmp_path):
 
   def build(**options):
     updates = less.updates(store_cases.traced(), point, **options)
-    log = store_cases.logger(updates=updates)
-    return log.build(tmp_path, store_cases.model(), store_cases.data())
+    store_cases.build(tmp_path, updates=updates)
 
   build(b1=0.9)
   with pytest.raises(ValueError, match="is of another features"):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from tda.trajectory import permutation, steps, trainer
+from tda.trajectory import permutation, resized, steps, trainer
 
 N, BATCH, EPOCHS = 13, 4, 3
 OPTIMIZERS = {
@@ -269,3 +269,13 @@ def test_weights_of_every_value_of_a_loss():
     shapes = r"shape \(2,\) for weights of shape \(\)"
     with pytest.raises(ValueError, match=shapes):
       values(jnp.ones(N), key)
+
+
+def test_fewer_examples_are_seen_as_often_in_all():
+  assert resized(600, None, 10, 2) == {
+    "batch_size": 10, "epochs": 2, "size": 600,
+  }  # fmt: skip
+  for size in (30, 60, 120):
+    assert steps(**resized(600, size, 10, 2)) == 120
+  assert resized(600, 4, 10, 1) == {"batch_size": 4, "epochs": 60, "size": 4}
+  assert resized(120, 600, 10, 1)["epochs"] == 1

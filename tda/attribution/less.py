@@ -20,6 +20,7 @@ measurement that is their mean loss, and take `values.max(axis=1)`.
 Notation: N examples, Q queries, B batch, K dimensions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -129,20 +130,25 @@ def updates(
   b2: float = 0.999,
   eps: float = 1e-8,
 ) -> Updates:
-  """Γ of a checkpoint, for a store of it (`logra.logger`).
+  """Γ of a checkpoint, for a store of it (`build` of `logra.Logger`).
 
   A lens "cosine" on it, its directions times η_k, is the checkpoint's part of
   the sum, with projections of each side in place of those of all parameters.
   Arguments and errors are those of `attribute`.
   """
   _check([point], [1.0], None, None, b1, b2)
+  name = f"Adam's updates, b1={b1}, b2={b2}, eps={eps}"
+  return Updates(name, _step(b1, b2, eps), _state(found, point))
+
+
+@functools.cache  # so that stores of several checkpoints share a program
+def _step(b1: float, b2: float, eps: float) -> Callable:
   adam_step = optax.scale_by_adam(b1, b2, eps).update
 
   def step(grads: Blocks, state: PyTree) -> Blocks:
     return jax.vmap(lambda one: adam_step(one, state)[0])(grads)
 
-  name = f"Adam's updates, b1={b1}, b2={b2}, eps={eps}"
-  return Updates(name, step, _state(found, point))
+  return step
 
 
 def _state(found: Trace, point: Checkpoint) -> optax.ScaleByAdamState:

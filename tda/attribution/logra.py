@@ -50,10 +50,12 @@ class Logger(NamedTuple):
   compile nothing.
 
   Attributes:
-    build: (folder, params, train, *, dtype, names, append, per_shard, loop) ->
-      Store. Writes the rows of all examples in one pass that can be stopped;
-      options are those of `disk.create` and `writing.build`, but that `names`
-      are of the documents that packed rows hold.
+    build: (folder, params, train, *, dtype, names, updates, append, per_shard,
+      loop) -> Store. Writes the rows of all examples in one pass that can be
+      stopped; options are those of `disk.create` and `writing.build`, but that
+      `names` are of the documents that packed rows hold. `updates`, as of
+      `less.updates`, are stored in place of gradients, which are formed, of
+      whole rows; queries stay gradients.
     ask: (params, queries, *, measurement=None, loop=Loop()) -> float32 [Q, F].
       The gradients of queries, which look like training examples unless a
       measurement m(params, query) -> scalar is given.
@@ -77,7 +79,6 @@ def logger(
   sides: Mapping[str, Sides] | None = None,
   select: str | Sequence[str] | None = None,
   shares: str = "rows",
-  updates: Updates | None = None,
 ) -> Logger:
   """Traces the objective, and draws directions unless they are given.
 
@@ -91,8 +92,6 @@ def logger(
     sides: directions by block, as of `projections.principal`.
     select: patterns of the blocks, as in `blocks.trace`.
     shares: "rows", or "segments" with a row for each document of packed rows.
-    updates: what is stored in place of gradients, as of `less.updates`; these
-      are formed, of whole rows. Queries stay gradients.
 
   Raises:
     ValueError: neither a key nor directions, or shares that the gradients do
@@ -107,8 +106,6 @@ def logger(
   if shares == "tokens":
     raise ValueError("a store has rows or segments, not tokens")
   products.check_shares(found, objective, shares)
-  if updates is not None and shares != "rows":
-    raise ValueError(f"updates are of rows, not of {shares}")
   given, spans = dict(sides), layout.spans(found, sides)
   of = functools.cache(functools.partial(_features, found, objective, spans))
   asker = functools.cache(functools.partial(_measured, found, spans))
@@ -116,7 +113,18 @@ def logger(
     functools.partial(_updated, found, objective, spans)
   )
 
-  def build(folder, params, train, *, dtype="bfloat16", names=None, **options):
+  def build(
+    folder,
+    params,
+    train,
+    *,
+    dtype="bfloat16",
+    names=None,
+    updates: Updates | None = None,
+    **options,
+  ):
+    if updates is not None and shares != "rows":
+      raise ValueError(f"updates are of rows, not of {shares}")
     held, count = None, products.parts_of(shares, objective, train)
     if shares == "segments":
       owners = language.owner(train, count)

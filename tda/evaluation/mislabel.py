@@ -121,8 +121,7 @@ def subject(setting: Setting, kind: str, *, size: int | None = None) -> Subject:
   Args:
     setting: the experiment.
     kind: of `SUBJECTS`.
-    size: the most examples `fit` keeps; see `trajectory.trainer`. It takes
-      about as many steps as with all, so as many more epochs.
+    size: the most examples `fit` keeps; see `trajectory.resized`.
   """
   draw = lambda seed: _draw(setting, kind, seed)
   whole = _dataset(setting, kind, 0)
@@ -138,7 +137,9 @@ def subject(setting: Setting, kind: str, *, size: int | None = None) -> Subject:
   )
 
   def train(data, weights, key, size=None):
-    steps = _steps(setting.batch_size, setting.epochs, len(data["y"]), size)
+    steps = trajectory.resized(
+      len(data["y"]), size, setting.batch_size, setting.epochs
+    )
     run = trajectory.trainer(objective.loss, model.init, sgd, data, **steps)
     return run(weights, key)
 
@@ -158,7 +159,9 @@ def subject(setting: Setting, kind: str, *, size: int | None = None) -> Subject:
       adapt.init,
       optax.adam(setting.tune_learning_rate),
       data,
-      **_steps(setting.batch_size, setting.tune_epochs, len(data["y"]), size),
+      **trajectory.resized(
+        len(data["y"]), size, setting.batch_size, setting.tune_epochs
+      ),
     )
     return join(run(weights, key))
 
@@ -204,15 +207,6 @@ def at(found: Array | np.ndarray, inspected: ArrayLike) -> Array:
   """The fraction found once a fraction of the examples is inspected."""
   place = jnp.linspace(0, 1, len(found))
   return jnp.interp(inspected, place, found)
-
-
-def _steps(batch: int, epochs: int, n: int, size: int | None) -> dict[str, Any]:
-  """Batches and epochs of a run that keeps `size` of n examples."""
-  size = n if size is None else size
-  goal = trajectory.steps(n, batch, epochs)
-  batch = min(batch, size)
-  epochs = max(round(goal / trajectory.steps(size, batch, 1)), 1)
-  return {"batch_size": batch, "epochs": epochs, "size": size}
 
 
 def _dataset(setting: Setting, kind: str, seed: int) -> Dataset:

@@ -1,21 +1,38 @@
 """An experiment's scores from stores of projected gradients.
 
-A method is written "logra KIND K": its directions are "random", "sparse" or
+Of one model or, with `along`, of a run's checkpoints. A method of one model is
+written "logra KIND K": its directions are "random", "sparse" or
 "principal", K of them for each side of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from tda import blocks, projections, streams
-from tda.attribution import logra
+from tda.attribution import less, logra
+from tda.attribution.logra import Logger
+from tda.blocks import Trace
 from tda.curvature import fitting
 from tda.evaluation.problem import Problem
 from tda.evaluation.workdir import Arrays, Workdir
 from tda.likelihoods import PyTree
 from tda.projections import Sides
+from tda.runs import Checkpoint
 from tda.store import lenses, search
+from tda.store.search import Lens
+from tda.streams import Loop
+
+ALONG: Mapping[str, tuple[str, str]] = MappingProxyType(
+  {
+    "less": ("updates", "cosine"),
+    "gradient_cosine": ("gradients", "cosine"),
+    "gradient_dot": ("gradients", "dot"),
+  }
+)
+"""What `along` stores of a checkpoint for a method, and how it is compared."""
 
 
 def named(methods: Sequence[str]) -> list[str]:
@@ -63,6 +80,55 @@ def attributed(
         lens = lenses.lens(store, asked, damping=damping.value)
         results[f"{name}@{text}"] = search.scores(lens).astype(np.float32)
   return results
+
+
+def along(
+  folder: str | Path,
+  log: Logger,
+  found: Trace,
+  points: Sequence[Checkpoint],
+  train: PyTree,
+  queries: PyTree,
+  means: np.ndarray,
+  *,
+  rates: Sequence[float],
+  loop: Loop = Loop(),
+) -> Arrays:
+  """Scores [N, S] by the methods of `ALONG`, of a run with Adam's defaults.
+
+  Args:
+    folder: of a store of Adam's updates and one of gradients at every
+      checkpoint, which are not built again.
+    log: whose directions all of them have.
+    found: trace of its objective.
+    points: checkpoints, as of `runs.checkpoints`.
+    train: pytree of arrays with leading axis N.
+    queries: the same with Q.
+    means: [S, Q], of which queries a subtask is the mean; see `less`.
+    rates: η_k, one for each checkpoint.
+    loop: how to run over the data.
+  """
+  seen: dict[str, list[Lens]] = {name: [] for name in ALONG}
+  for i, (point, rate) in enumerate(zip(points, rates, strict=True), 1):
+    stage = loop.stage(f"checkpoint {i}")
+    asked = log.ask(point.params, queries, loop=stage)
+    asked_SxF = (means @ asked).astype(np.float32)
+    kept = {"updates": less.updates(found, point), "gradients": None}
+    stores = {
+      name: log.build(
+        Path(folder) / f"{name}_{i}",
+        point.params,
+        train,
+        dtype="float32",
+        updates=updates,
+        loop=stage.stage(name),
+      )
+      for name, updates in kept.items()
+    }
+    for name, (features, method) in ALONG.items():
+      lens = lenses.lens(stores[features], asked_SxF, method)
+      seen[name].append(lens._replace(directions=rate * lens.directions))
+  return {name: search.scores(x) for name, x in seen.items()}
 
 
 def _sides(

@@ -31,10 +31,10 @@ def panels(
     subjects: title -> method -> (mean, standard error), each [K].
     xlabel: below the panels.
     ylabel: left of the first.
-    references: title -> name -> [K], thin dashed lines such as the best
-      possible.
+    references: title -> name -> [K], thin lines such as the best possible,
+      the first dotted and the others in longer and longer dashes.
     controls: methods drawn in grey.
-    percent: whether both axes are fractions, shown as percentages.
+    percent: whether y is a fraction too, shown as a percentage as x is.
   """
   x = np.asarray(x, float)
   methods = [*dict.fromkeys(m for band in subjects.values() for m in band)]
@@ -54,14 +54,14 @@ def panels(
       axes.fill_between(
         x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0
       )
-    for name, line in (references or {}).get(title, {}).items():
-      dots = (0, (1, 2))
+    for i, (name, line) in enumerate((references or {}).get(title, {}).items()):
+      dots = (0, (1 + 4 * i, 2))
       axes.plot(
         x, line, linewidth=0.9, label=name, color=style.INK, linestyle=dots
       )
     style.tidy(axes, grid="both")
+    axes.xaxis.set_major_formatter("{x:.0%}")
     if percent:
-      axes.xaxis.set_major_formatter("{x:.0%}")
       axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(title, size=style.TITLE, color=style.INK, loc="left")
     axes.set_xlabel(xlabel, size=style.TEXT, color=style.INK)
