@@ -16,6 +16,9 @@ Search in memory: products of a store that is held on the device with one query,
 against the bytes a second of the largest product of a matrix in float32 with
 one vector, or on an accelerator of a sum over the same array.
 
+Peers: build, search, query and retrieval beside bergson and LogIX, with the
+first --dimension, where they are installed; see `experiments.store_peers`.
+
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
 1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .81 with 16
 directions of each side and .84 with 64, 1.19 of dd's .50 GB/s in 36 MiB, and

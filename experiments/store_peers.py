@@ -86,13 +86,13 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
       peers, folder / "facts", setting.dimension, smoke=setting.smoke
     )
   print(store_retrieval.table(found))
-  return {"costs": costs, "retrieval": found}
+  return {"costs": costs, "retrieval": [x._asdict() for x in found]}
 
 
 def compared(
   setting: Setting, peers: Mapping[str, Any], folder: Path
 ) -> dict[str, dict[str, float]]:
-  """Seconds of each stage by library, and how they compare."""
+  """Figures by library, and how many times as fast as the peers this one is."""
   given, rows, queries = subject(setting)
   sides, first = chosen(setting, peers, given, rows, folder)
   columns = sides["tda"].columns
@@ -102,48 +102,54 @@ def compared(
   values = draw(max(FIRST, size // (4 * columns)))
   wanted = draw(setting.queries)
   runs: dict[tuple[str, str], Callable[[], Any]] = {}
-  found = {}
+  firsts = {}
   with quiet():
     for name, side in sides.items():
       side.fill(values)
-      found[name] = side.search("filled", wanted, FIRST)[1]
+      firsts[name] = side.search("filled", wanted, FIRST)[1]
       runs |= {(name, k): x for k, x in stages(side, wanted, queries).items()}
       runs[name, "gradient"] = (
         plain(given, rows, side.batch) if name in peers else side.gradient
       )
     seconds = timing.interleaved(setting.rounds, runs)
-  times = {
-    name: {stage: seconds[name, stage] for stage in STAGES} for name in sides
-  }
-  ratios = {
-    stage: min(times[peer][stage] for peer in peers) / times["tda"][stage]
-    for stage in STAGES
-  }
+  found: dict[str, dict[str, float]] = {}
+  for name, side in sides.items():
+    times = {stage: seconds[name, stage] for stage in STAGES}
+    found[name] = {
+      "batch": side.batch,
+      **times,
+      "build/gradient": times["build"] / times["gradient"],
+      "tokens a second": rows["x"].size / times["build"],
+      "same first rows": overlap(firsts[name], firsts["tda"]),
+    }
   parameters = sum(x.size for x in jax.tree.leaves(given.params))
   print(
     f"\npeers: {parameters:,} parameters, {rows['x'].size} tokens,"
     f" {setting.sites} sites, {setting.dimension} directions of each side;"
-    f" searches of {len(values)} rows of {columns} numbers for {len(wanted)}"
-    " queries"
+    f" {len(wanted)} queries of {len(values)} rows of {columns} numbers"
   )
-  header = ["seconds", "batch", *STAGES]
-  header += ["build/gradient", "tokens a second", f"first {FIRST}, as tda's"]
-  body = [
-    [
-      name,
-      str(side.batch),
-      *(f"{times[name][stage]:.3f}" for stage in STAGES),
-      f"{times[name]['build'] / times[name]['gradient']:.2f}",
-      f"{rows['x'].size / times[name]['build']:,.0f}",
-      f"{overlap(found[name], found['tda']):.3f}",
-    ]
-    for name, side in sides.items()
-  ]
-  print(tables.aligned(header, body, [False] + [True] * (len(header) - 1)))
+  report(found)
+  print(f"compilation {first - found['tda']['build']:.1f} s")
+  ratios = {
+    stage: min(found[peer][stage] for peer in peers) / found["tda"][stage]
+    for stage in STAGES
+  }
   said = ", ".join(f"{stage} {x:.2f}" for stage, x in ratios.items())
-  print(f"times as fast as the faster peer: {said}")
-  print(f"compilation {first - times['tda']['build']:.1f} s")
-  return {**times, "ratios": ratios}
+  print(f"times as fast as the faster peer: {said}\n")
+  return {**found, "times as fast": ratios}
+
+
+def report(found: Mapping[str, Mapping[str, float]]) -> None:
+  """Prints seconds and what follows from them by library."""
+  names = list(found["tda"])
+  digits = dict.fromkeys(names, ".3f") | {"batch": ".0f"}
+  digits |= {"build/gradient": ".2f", "tokens a second": ",.0f"}
+  body = [
+    [library, *(f"{figures[name]:{digits[name]}}" for name in names)]
+    for library, figures in found.items()
+  ]
+  header = ["seconds", *names]
+  print(tables.aligned(header, body, [False] + [True] * len(names)))
 
 
 def stages(

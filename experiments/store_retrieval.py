@@ -58,7 +58,7 @@ def compared(
 
   def scored(make, name, **options):
     path = folder / name
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     side = make(given, rows, path, batch=BATCH, **options)
     side.build()
     return side, side.scores(side.ask(queries))
