@@ -108,10 +108,11 @@ def compared(
       side.fill(values)
       firsts[name] = side.search("filled", wanted, FIRST)[1]
       runs |= {(name, k): x for k, x in stages(side, wanted, queries).items()}
-      runs[name, "gradient"] = (
-        plain(given, rows, side.batch) if name in peers else side.gradient
-      )
+      if name in peers:
+        runs[name, "gradient"] = plain(given, rows, side.batch)
+    runs["tda", "gradient"] = sides["tda"].gradient
     seconds = timing.interleaved(setting.rounds, runs)
+  seconds["tda bfloat16", "gradient"] = seconds["tda", "gradient"]
   found: dict[str, dict[str, float]] = {}
   for name, side in sides.items():
     times = {stage: seconds[name, stage] for stage in STAGES}

@@ -5,7 +5,19 @@ A decoder as of `own_store.config` is trained on the documents of
 library scores them by the methods that it has, with directions of its own, for
 the completion of each fact's prompt; and with the directions that this one
 drew, which shows whether its scores are the same. Damping is a tenth of the
-mean eigenvalue of each layer in all of them.
+mean eigenvalue of each layer in all of them. What is asked for by default is
+LoGra here and in LogIX and the cosine in bergson, of which TrackStar without
+the queries' mixture ranks documents as ℓ-RelatIF does.
+
+With 16 directions (MRR of 192 copies among 672 documents; 175 CPU seconds):
+
+|         | LoGra | ℓ-RelatIF | cosine | dot  |
+| tda     | .897  | .851      | .781   | .539 |
+| bergson | .838  | .835      | .762   | .636 |
+| LogIX   | .883  | .892      |        | .669 |
+
+By the same directions all scores correlate by 1.0000000, so that the
+differences are those of a draw, and of LogIX's scale by the width of a layer.
 """
 
 from collections.abc import Mapping
