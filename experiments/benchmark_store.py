@@ -26,7 +26,6 @@ directions of each side and .84 with 64, 1.19 of dd's .50 GB/s in 36 MiB, and
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -166,12 +165,12 @@ def from_disk(folder: Path) -> dict[str, float]:
   lens = Lens(store, rng.standard_normal((QUERIES.value, width), np.float32))
   search.ends(lens, 100)  # compiles
   before = memory(anew=True)
-  cold = dropped()
+  cold = timing.dropped()
   taken: dict[str, list[float]] = {"dd": [], "search": []}
   for _ in range(rounds(3)):
-    dropped()
+    timing.dropped()
     taken["dd"].append(timing.timed(lambda: read(files)))
-    dropped()
+    timing.dropped()
     taken["search"].append(timing.timed(lambda: search.ends(lens, 100)))
   after = memory()
   seconds = {k: statistics.median(x) for k, x in taken.items()}
@@ -205,16 +204,6 @@ def memory(*, anew: bool = False) -> float:
   lines = Path("/proc/self/status").read_text().splitlines()
   (peak,) = (x for x in lines if x.startswith("VmHWM"))
   return float(peak.split()[1]) * 1024
-
-
-def dropped() -> bool:
-  """Empties the system's cache of files, if this user may."""
-  os.sync()
-  try:
-    Path("/proc/sys/vm/drop_caches").write_text("1")
-  except OSError:
-    return False
-  return True
 
 
 def in_memory() -> dict[str, float]:

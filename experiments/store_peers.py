@@ -8,11 +8,13 @@ at the fastest of some batches:
 
     build   gradients of all rows to disk
     search  the first 100 rows of a store of 256 MiB, of the same random numbers
-            for all, by dot product with queries whose gradients are there
+            for all, by dot product with queries whose gradients are there;
+            "cold" with the system's cache of files dropped, where the user may
     query   gradients of queries, and the search
 
-The plain gradient is that of each framework. Files come from the system's
-cache. A search finds both ends of the ranking here, the first rows there.
+The plain gradient is that of each framework. A search here reads blocks, checks
+what it reads and finds both ends of the ranking; bergson holds the whole store
+in memory, and neither peer checks it.
 """
 
 import contextlib
@@ -41,7 +43,7 @@ INSTALL = """
 BATCHES = (2, 8, 16)
 STORE = 2**28  # bytes, in float32
 FIRST = 100  # rows that a search finds
-STAGES = ("gradient", "build", "search", "query")
+STAGES = ("gradient", "build", "search", "cold", "query")
 
 
 class Setting(NamedTuple):
@@ -112,6 +114,8 @@ def compared(
         runs[name, "gradient"] = plain(given, rows, side.batch)
     runs["tda", "gradient"] = sides["tda"].gradient
     seconds = timing.interleaved(setting.rounds, runs)
+    cold = {(name, "cold"): runs[name, "search"] for name in sides}
+    seconds |= timing.interleaved(setting.rounds, cold, timing.dropped)
   seconds["tda bfloat16", "gradient"] = seconds["tda", "gradient"]
   found: dict[str, dict[str, float]] = {}
   for name, side in sides.items():

@@ -1,9 +1,11 @@
 """Steps timed beside a plain gradient, for the performance binaries."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -85,13 +87,30 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-  rounds: int, runs: Mapping[Key, Callable[[], object]]
+  rounds: int,
+  runs: Mapping[Key, Callable[[], object]],
+  before: Callable[[], object] = lambda: None,
 ) -> dict[Key, float]:
-  """Median seconds of each, once warm."""
+  """Median seconds of each, once warm, `before` each of them not counted."""
+
+  def one(run):
+    before()
+    return timed(run)
+
   for run in runs.values():
     run()
-  taken = [{k: timed(run) for k, run in runs.items()} for _ in range(rounds)]
-  return {k: statistics.median(one[k] for one in taken) for k in runs}
+  taken = [{k: one(run) for k, run in runs.items()} for _ in range(rounds)]
+  return {k: statistics.median(each[k] for each in taken) for k in runs}
+
+
+def dropped() -> bool:
+  """Empties the system's cache of files, if this user may."""
+  os.sync()
+  try:
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+  except OSError:
+    return False
+  return True
 
 
 def fastest(runs: Sequence[Callable[[], float]]) -> tuple[int, float]:
