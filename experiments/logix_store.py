@@ -44,6 +44,7 @@ class Side:
     self.folder, self.batch, self.rows = Path(folder), batch, rows
     self.dimension, self.keyword = given.dimension, given.keyword
     self.model = torch_models.Decoder(given.weights)
+    torch.manual_seed(0)  # of its directions
     first = self._anew("directions")
     first.add_lora()
     self.modules = list(first.logger.modules_to_name.values())
