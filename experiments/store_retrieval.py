@@ -17,7 +17,7 @@ With 16 directions (MRR of 192 copies among 672 documents; 175 CPU seconds):
 | LogIX   | .828  | .863      |        | .631 |
 
 By the same directions all scores correlate by 1.0000000, so that the
-differences are those of the draws: with others LogIX has .883, .892 and .669.
+differences are those of the draws of directions.
 """
 
 from collections.abc import Mapping
