@@ -16,6 +16,9 @@ Search in memory: products of a store that is held on the device with one query,
 against the bytes a second of the largest product of a matrix in float32 with
 one vector, or on an accelerator of a sum over the same array.
 
+Peers: build, search, query and retrieval beside bergson and LogIX, with the
+first --dimension, where they are installed; see `experiments.store_peers`.
+
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
 1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .81 with 16
 directions of each side and .84 with 64, 1.19 of dd's .50 GB/s in 36 MiB, and
@@ -23,14 +26,13 @@ directions of each side and .84 with 64, 1.19 of dd's .50 GB/s in 36 MiB, and
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,8 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
+from experiments import store_peers, timing
+from experiments.ekfac_stages import plain_gradient
 from tda import streams
 from tda.attribution import logra
 from tda.data.packing import Rows
@@ -50,8 +54,13 @@ from tda.store.search import Lens
 from tda.streams import Loop
 
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, one round.")
-PARTS = ("logging", "disk", "memory")
-PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "Which to measure.")
+PARTS = ("logging", "disk", "memory", "peers")
+PART = flags.DEFINE_multi_enum(
+  "part",
+  PARTS[:-1] if store_peers.missing() else PARTS,
+  PARTS,
+  "Which to measure; peers by default where they are installed.",
+)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
 BATCH = flags.DEFINE_integer("batch", 8, "Sequences of a batch.")
 LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sequence.")
@@ -67,19 +76,8 @@ OUTPUT = flags.DEFINE_string(
 )
 
 
-def timed(run: Callable[[], object]) -> float:
-  start = time.perf_counter()
-  run()
-  return time.perf_counter() - start
-
-
-def interleaved(**runs: Callable[[], object]) -> dict[str, float]:
-  """Median seconds of each, once warm."""
-  rounds = 1 if SMOKE.value else ROUNDS.value
-  for run in runs.values():
-    run()
-  taken = [{k: timed(run) for k, run in runs.items()} for _ in range(rounds)]
-  return {k: statistics.median(one[k] for one in taken) for k in runs}
+def rounds(most: int | None = None) -> int:
+  return 1 if SMOKE.value else min(most or ROUNDS.value, ROUNDS.value)
 
 
 def logging(folder: Path) -> dict[str, float]:
@@ -97,14 +95,7 @@ def logging(folder: Path) -> dict[str, float]:
   draw = lambda: rng.integers(0, 257, (count, length), np.int32)
   rows = {"x": draw(), "y": draw(), "mask": np.ones((count, length), np.int32)}
 
-  def update(total, params, batch):
-    losses = lambda p: jax.vmap(objective.loss, (None, 0))(p, batch.rows)
-    grads = jax.grad(lambda p: losses(p).sum())(params)
-    total = jax.tree.map(jnp.add, total, grads)
-    return total, jnp.ones(len(batch.positions), bool)
-
-  zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
-  gradient = streams.Fold(zeros, update, lambda total: total)
+  gradient = plain_gradient(objective)
 
   def plain():
     jax.block_until_ready(streams.fold(gradient, params, rows, loop))
@@ -120,7 +111,7 @@ def logging(folder: Path) -> dict[str, float]:
       select=decoder.SITES[SITES.value],
     )
     runs[f"dimension {dimension}"] = built(log, params, rows, folder, loop)
-  seconds = interleaved(**runs)
+  seconds = timing.interleaved(rounds(), runs)
   tokens = count * length
   print(f"\nlogging {tokens} tokens, {SITES.value} sites, batches of {loop[0]}")
   found = {}
@@ -174,13 +165,13 @@ def from_disk(folder: Path) -> dict[str, float]:
   lens = Lens(store, rng.standard_normal((QUERIES.value, width), np.float32))
   search.ends(lens, 100)  # compiles
   before = memory(anew=True)
-  cold = dropped()
+  cold = timing.dropped()
   taken: dict[str, list[float]] = {"dd": [], "search": []}
-  for _ in range(1 if SMOKE.value else min(3, ROUNDS.value)):
-    dropped()
-    taken["dd"].append(timed(lambda: read(files)))
-    dropped()
-    taken["search"].append(timed(lambda: search.ends(lens, 100)))
+  for _ in range(rounds(3)):
+    timing.dropped()
+    taken["dd"].append(timing.timed(lambda: read(files)))
+    timing.dropped()
+    taken["search"].append(timing.timed(lambda: search.ends(lens, 100)))
   after = memory()
   seconds = {k: statistics.median(x) for k, x in taken.items()}
   ratios = [d / s for d, s in zip(*taken.values(), strict=True)]
@@ -215,16 +206,6 @@ def memory(*, anew: bool = False) -> float:
   return float(peak.split()[1]) * 1024
 
 
-def dropped() -> bool:
-  """Empties the system's cache of files, if this user may."""
-  os.sync()
-  try:
-    Path("/proc/sys/vm/drop_caches").write_text("1")
-  except OSError:
-    return False
-  return True
-
-
 def in_memory() -> dict[str, float]:
   """Bytes a second of products with a store that the device holds."""
   count = 2000 if SMOKE.value else 2**16
@@ -238,9 +219,9 @@ def in_memory() -> dict[str, float]:
     search.products(Encoded(rows, None), one, spans)
   )
   total = jax.jit(lambda x: jnp.sum(x, axis=1, dtype=jnp.float32))
-  seconds = interleaved(
-    products=scored, total=lambda: jax.block_until_ready(total(rows))
-  )
+  summed = lambda: jax.block_until_ready(total(rows))
+  runs = {"products": scored, "total": summed}
+  seconds = timing.interleaved(rounds(), runs)
   found = {k: rows.nbytes / x for k, x in seconds.items()}
   found["ratio"] = found["products"] / found["total"]
   print(
@@ -251,9 +232,23 @@ def in_memory() -> dict[str, float]:
   return found
 
 
+def beside_peers(folder: Path) -> dict[str, Any]:
+  """What other libraries' stores cost and find, by the flags."""
+  setting = store_peers.Setting(
+    dimension=4 if SMOKE.value else DIMENSIONS.value[0],
+    sites=SITES.value,
+    rounds=rounds(),
+    length=LENGTH.value,
+    sequences=8 if SMOKE.value else SEQUENCES.value,
+    queries=QUERIES.value,
+    smoke=SMOKE.value,
+  )
+  return store_peers.measure(setting, folder)
+
+
 def main(_) -> None:
   print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
-  found = {}
+  found: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(FOLDER.value or temporary)
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,6 +258,8 @@ def main(_) -> None:
       found["disk"] = from_disk(folder)
     if "memory" in PART.value:
       found["memory"] = in_memory()
+    if "peers" in PART.value:
+      found["peers"] = beside_peers(folder)
   if OUTPUT.value:
     Path(OUTPUT.value).write_text(json.dumps(found, indent=2) + "\n")
 

@@ -66,7 +66,7 @@ class Peer:
     logging.disable(logging.INFO)  # or every pass is logged to stdout
     self.model = model.requires_grad_(False)
     model.tokens.requires_grad_(True)
-    self.train, self.queries = map(_sequences, (subject.train, subject.queries))
+    self.train, self.queries = map(sequences, (subject.train, subject.queries))
     self.batch = batch
     self.config = IndexConfig(f"{folder}/bergson", include_bias=True)
 
@@ -79,7 +79,7 @@ class Peer:
       "data": self.train,
       "index_cfg": self.config,
       "hessian_cfg": HessianConfig("kfac", use_dataset_labels=True),
-      "batches": self._batches(self.train),
+      "batches": in_turn(self.train, self.batch),
     }
     marks = [time.perf_counter()]
     mark = lambda: marks.append(time.perf_counter())
@@ -129,14 +129,10 @@ class Peer:
       self.model,
       data,
       collector=collector,
-      batches=self._batches(data),
+      batches=in_turn(data, self.batch),
       cfg=self.config,
     ).run_with_collector_hooks()
     return collector
-
-  def _batches(self, data: Dataset) -> list[list[int]]:
-    rows = torch.arange(len(data)).split(self.batch)
-    return [indices.tolist() for indices in rows]
 
 
 def _eigenbases(moments, path: pathlib.Path) -> tuple[dict, dict]:
@@ -155,7 +151,19 @@ def _eigenbases(moments, path: pathlib.Path) -> tuple[dict, dict]:
   return inputs, outputs
 
 
-def _sequences(rows: Rows) -> Dataset:
-  """Inputs and the last label, tokens [N, T + 1]."""
-  tokens = np.concatenate([rows["x"], rows["y"][:, -1:]], axis=1)
-  return Dataset.from_dict({"input_ids": tokens.tolist()})
+def sequences(rows: Rows) -> Dataset:
+  """Inputs and last label of each row, up to the last that its mask keeps."""
+  kept = rows.get("mask", np.ones_like(rows["y"])) > 0
+  found: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+  for x, y, keep in zip(rows["x"], rows["y"], kept, strict=True):
+    last = int(np.flatnonzero(keep).max()) + 1
+    found["input_ids"].append([*x[:last].tolist(), int(y[last - 1])])
+    found["labels"].append([-100, *np.where(keep, y, -100)[:last].tolist()])
+    found["length"].append(last + 1)
+  return Dataset.from_dict(found)
+
+
+def in_turn(data: Dataset, batch: int) -> list[list[int]]:
+  """Batches of places."""
+  rows = torch.arange(len(data)).split(batch)
+  return [indices.tolist() for indices in rows]

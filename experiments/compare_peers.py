@@ -37,7 +37,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import subjects
+from experiments import subjects, timing
 from experiments.ekfac_stages import STAGES, Stages
 from experiments.subjects import Subject
 from tda.evaluation import pbrf
@@ -143,12 +143,10 @@ def fastest(make: Callable, batches: list[int]) -> tuple[Any, float]:
   """The candidate with the smallest warm total, and its first total."""
   candidates = [make(batch) for batch in batches]
   total = lambda candidate: sum(candidate.run()[1].values())
-  firsts = [total(candidate) for candidate in candidates]
-  if len(candidates) == 1:
-    return candidates[0], firsts[0]
-  warm = [total(candidate) for candidate in candidates]
-  best = warm.index(min(warm))
-  return candidates[best], firsts[best]
+  best, first = timing.fastest(
+    [functools.partial(total, candidate) for candidate in candidates]
+  )
+  return candidates[best], first
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:

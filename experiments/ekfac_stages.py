@@ -34,7 +34,7 @@ class Stages:
     self.moments = one_pass(kronecker.MOMENTS)
     self.squares = one_pass(kronecker.SQUARES)
     self.scorer = influence.scorer(self.found, objective, query_batch=128)
-    self.plain = _plain_gradient(objective)
+    self.plain = plain_gradient(objective)
 
   def run(self, labels: np.ndarray | None = None) -> tuple[Any, dict]:
     """Scores [N, Q] without the factor 1/N, and seconds by stage."""
@@ -75,7 +75,7 @@ class Stages:
     return time.perf_counter() - start
 
 
-def _plain_gradient(objective: Objective) -> Fold:
+def plain_gradient(objective: Objective) -> Fold:
   """The summed loss's gradient of all parameters over a dataset."""
 
   def update(state, params, batch):

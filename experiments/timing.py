@@ -1,13 +1,17 @@
 """Steps timed beside a plain gradient, for the performance binaries."""
 
 import json
+import os
+import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+Key = TypeVar("Key", bound=Hashable)
 CALL_SECONDS = 0.1  # a round calls fast functions until this much has passed
 
 
@@ -73,6 +77,50 @@ def _seconds(run: Callable, args: tuple[Any, ...], calls: int) -> float:
     result = run(*args)
   jax.block_until_ready(result)
   return (time.perf_counter() - start) / calls
+
+
+def timed(run: Callable[[], object]) -> float:
+  """Seconds of a call."""
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def interleaved(
+  rounds: int,
+  runs: Mapping[Key, Callable[[], object]],
+  before: Callable[[], object] = lambda: None,
+) -> dict[Key, float]:
+  """Median seconds of each, once warm, `before` each of them not counted."""
+
+  def one(run):
+    before()
+    return timed(run)
+
+  for run in runs.values():
+    run()
+  taken = [{k: one(run) for k, run in runs.items()} for _ in range(rounds)]
+  return {k: statistics.median(each[k] for each in taken) for k in runs}
+
+
+def dropped() -> bool:
+  """Empties the system's cache of files, if this user may."""
+  os.sync()
+  try:
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+  except OSError:
+    return False
+  return True
+
+
+def fastest(runs: Sequence[Callable[[], float]]) -> tuple[int, float]:
+  """Which run says that it took the fewest seconds, warm, and its first."""
+  firsts = [run() for run in runs]
+  if len(runs) == 1:
+    return 0, firsts[0]
+  warm = [run() for run in runs]
+  best = warm.index(min(warm))
+  return best, firsts[best]
 
 
 def report(model: str, measured: Mapping[str, Measured]) -> None:
