@@ -20,9 +20,8 @@ the sign is the same: positive if leaving the example out raises the loss.
 Goals: correlation of .9999; on the MLP and the CNN a third of kronfluence's
 time; on the decoder ratios to a plain gradient no larger than the better
 peer's. At 10 M parameters, as above with --nosampled, the whole takes 5.0 plain
-gradients here, 6.7 with kronfluence and 6.8 with bergson, and each of its
-stages is as far below the better of theirs; scores correlate by .9999998 and
-.9999973. XLA's gradient takes 1.7 times as long as torch's on a CPU: 40, 30 and
+gradients here, 6.7 with kronfluence and 6.8 with bergson, and every stage fewer
+than with either; scores correlate by .9999998 and .9999973. XLA's gradient takes 1.7 times as long as torch's on a CPU: 40, 30 and
 33 seconds on two cores.
 """
 
