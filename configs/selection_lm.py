@@ -12,8 +12,8 @@ or that are drawn at random?
     --config.documents=corpora --config.tokenizer=corpora
   (--config=configs/selection_lm.py:smoke for a small run)
 
-Any folder with folders of text does. Of each document the first 129 tokens are
-used.
+Any folder with folders of text does. Gradients and training see the first 129
+tokens of each document, and BM25 all of it.
 
 Hardware: two CPU cores. Time and numbers: see `experiments/selection_lm.py`.
 """

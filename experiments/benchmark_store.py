@@ -17,7 +17,7 @@ against the bytes a second of the largest product of a matrix in float32 with
 one vector, or on an accelerator of a sum over the same array.
 
 Peers: build, search, query and retrieval beside bergson and LogIX, with the
-first --dimension, where they are installed; see `experiments.store_peers`.
+first --dimension, with --part=peers; see `experiments.store_peers`.
 
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
 1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .81 with 16
@@ -57,9 +57,9 @@ SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes, one round.")
 PARTS = ("logging", "disk", "memory", "peers")
 PART = flags.DEFINE_multi_enum(
   "part",
-  PARTS[:-1] if store_peers.missing() else PARTS,
+  PARTS[:-1],
   PARTS,
-  "Which to measure; peers by default where they are installed.",
+  "Which to measure; peers where they are installed.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
 BATCH = flags.DEFINE_integer("batch", 8, "Sequences of a batch.")

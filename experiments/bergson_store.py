@@ -3,7 +3,7 @@
 Its own functions in the order of its pipeline (build, query, and the Hessian of
 TrackStar), the model frozen as it loads them, but all share one model instead
 of loading it for each. An index is float32, as it is for any model of float32;
-a search reads it into memory and multiplies. Directions are its own unless
+a search maps it into memory and multiplies. Directions are its own unless
 given, which fill its cache of them.
 """
 

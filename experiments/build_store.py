@@ -7,6 +7,7 @@ WORKDIR/store (`tda.store`). A run that was stopped goes on where it was;
 `experiments.query` asks.
 """
 
+import pathlib
 import time
 
 import jax
@@ -33,7 +34,7 @@ def main(_) -> None:
   mesh = language.mesh(setting)
   loop = streams.Loop(setting.batch_size, "gradients", mesh)
   log = store_task.logger(run, loop)
-  started = time.monotonic()
+  anew, started = not pathlib.Path(run.store).exists(), time.monotonic()
   store = log.build(
     run.store,
     run.model.params,
@@ -52,10 +53,12 @@ def main(_) -> None:
     "bytes": size,
     "parameters": sum(x.size for x in jax.tree.leaves(run.model.params)),
     "tokens": tokens,
-    "tokens a second": tokens / seconds,
   }
+  if anew:  # else a part of it may have been there
+    found["tokens a second"] = tokens / seconds
   run.workdir.record("store", found)
-  body = [[name, f"{value:,.0f}"] for name, value in found.items()]
+  known = run.workdir.metrics()["store"]
+  body = [[name, f"{value:,.0f}"] for name, value in known.items()]
   run.workdir.say(tables.aligned(["store", "of"], body, [False, True]))
   body = [
     [x.name, str(x.modules), f"{x.outputs} x {x.inputs}"] for x in store.layout

@@ -21,8 +21,8 @@ Goals: correlation of .9999; on the MLP and the CNN a third of kronfluence's
 time; on the decoder ratios to a plain gradient no larger than the better
 peer's. At 10 M parameters, as above with --nosampled, the whole takes 5.0 plain
 gradients here, 6.7 with kronfluence and 6.8 with bergson, and every stage fewer
-than with either; scores correlate by .9999998 and .9999973. XLA's gradient takes 1.7 times as long as torch's on a CPU: 40, 30 and
-33 seconds on two cores.
+than with either; scores correlate by .9999998 and .9999973. XLA's gradient
+takes 1.7 times as long as torch's on a CPU: 40, 30 and 33 seconds on two cores.
 """
 
 import functools

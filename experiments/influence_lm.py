@@ -154,7 +154,7 @@ def scored(
     by_site=True,
   )
   kept = loop._replace(directory=workdir.folder(f"scan_{which}"))
-  with workdir.timed("scan"):
+  with workdir.timed(f"scan_{which}"):
     results = score(params, rows, queries, responses, loop=kept.stage("scan"))
   results = {k: attribution.by_document(x, rows) for k, x in results.items()}
 

@@ -36,6 +36,8 @@ _METHODS = flags.DEFINE_multi_enum(
   "method", ["logra", "relatif"], lenses.METHODS, "Of tda.store.lenses."
 )
 _FIRST = flags.DEFINE_float("first", 0.05, "Share of documents that are first.")
+flags.adopt_module_key_flags(store_task)
+flags.mark_flag_as_required("store")
 
 
 class Query(NamedTuple):
@@ -61,7 +63,8 @@ def main(_) -> None:
     "damping": store_task.DAMPING.value,
     "inverse": store_task.INVERSE.value,
   }
-  which = records.digest([asked.rows, *map(str, how.values())])[:8]
+  said = [*map(str, how.values()), *map(str, queries)]
+  which = records.digest([asked.rows, *said])[:8]
   workdir = Workdir(run.workdir.path / "procedural" / which, how)
   tasks = [x.task for x in queries]
   workdir.say(f"{len(queries)} queries of {len({*tasks})} tasks")

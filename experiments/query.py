@@ -57,6 +57,8 @@ _PATCH = flags.DEFINE_integer(
 _DAMAGED = flags.DEFINE_bool(
   "damaged", False, "Search the rest where shards cannot be read."
 )
+flags.adopt_module_key_flags(store_task)
+flags.mark_flag_as_required("store")
 SHOWN = 100  # characters of a document, or of either side of a query
 
 

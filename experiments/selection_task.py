@@ -36,6 +36,7 @@ REFERENCES = ("all_documents", "no_training")
 class Draw(NamedTuple):
   """One seed's split; what is held out takes turns by kind."""
 
+  kinds: list[str]  # [K]
   texts: list[str]  # of the candidates [N]
   own: np.ndarray  # bool [N, K], of which kind they are
   train: Rows  # their rows
@@ -126,7 +127,7 @@ def split(
   said, asked, test = (
     [texts[name] for name in some] for some in (names, held[:cut], held[cut:])
   )
-  return Draw(said, own, rows(said), asked, rows(asked), rows(test))
+  return Draw(kinds, said, own, rows(said), asked, rows(asked), rows(test))
 
 
 def subtasks(setting: ConfigDict, kinds: int) -> np.ndarray:

@@ -148,7 +148,7 @@ def read(path: str, names: Sequence[str]) -> list[Mapping[str, Any]]:
       missing = [name for name in names if name not in fields]
     except (ValueError, TypeError) as error:
       raise ValueError(
-        f"line {number} of {path} is no JSON: {error}"
+        f"line {number} of {path} is no JSON object: {error}"
       ) from error
     if missing:
       raise ValueError(

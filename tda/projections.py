@@ -18,6 +18,7 @@ from tda.blocks import Blocks, Trace
 from tda.curvature.kronecker import Basis
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+KINDS = ("random", "sparse", "principal")
 """(key, shape [*stack, G, D, K]) -> directions of a side, as columns."""
 
 
@@ -103,9 +104,6 @@ def principal(
     )
     for name, given in sides.items()
   }
-
-
-KINDS = ("random", "sparse", "principal")
 
 
 def of_kind(

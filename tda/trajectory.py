@@ -82,9 +82,10 @@ def steps(size: int, batch_size: int, epochs: int) -> int:
 def resized(
   n: int, size: int | None, batch_size: int, epochs: int
 ) -> dict[str, Any]:
-  """Options of a run that keeps `size` of n examples, about as long as with n.
+  """Options of a run that keeps `size` examples, about as long as with n.
 
-  Fewer examples are seen in as many more epochs.
+  Fewer examples are seen in as many more epochs, and more in one, which takes
+  longer.
   """
   size = n if size is None else size
   goal = steps(n, batch_size, epochs)

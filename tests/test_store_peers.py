@@ -57,6 +57,29 @@ def test_overlap_counts_the_first_rows():
   assert store_peers.overlap(found, others) == 0.75
 
 
+def test_libraries_are_compared(monkeypatch, tmp_path, capsys):
+  """With this library in the place of a peer."""
+  monkeypatch.setattr(store_peers, "plain", lambda *_: lambda: None)
+  found = store_peers.compared(SETTING, {"other": own_store.Side}, tmp_path)
+  assert {*found} == {"tda", "tda bfloat16", "other", "times as fast"}
+  assert found["other"]["same first rows"] == 1
+  assert found["tda bfloat16"]["same first rows"] > 0.9
+  for name in ("build", "search", "query"):
+    ratio = found["other"][name] / found["tda"][name]
+    np.testing.assert_allclose(found["times as fast"][name], ratio)
+  assert "times as fast as the faster peer: gradient" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_a_search_is_cold_only_where_caches_can_be_dropped(
+  may, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(store_peers, "plain", lambda *_: lambda: None)
+  monkeypatch.setattr(timing, "dropped", lambda: may)
+  found = store_peers.compared(SETTING, {"other": own_store.Side}, tmp_path)
+  assert np.isfinite(found["tda"]["cold"]) == may
+
+
 @pytest.fixture
 def own(tmp_path):
   """This library's side, and rows of which not all is predicted."""
@@ -94,6 +117,7 @@ def test_a_peer_finds_the_same(name, own, tmp_path):
     peer.build()
     there = peer.ask(queries)
   logging.disable(logging.NOTSET)
+  # The order of the numbers is each library's own.
   np.testing.assert_allclose(
     np.sort(np.abs(there)), np.sort(np.abs(asked)), rtol=1e-3, atol=1e-4
   )
