@@ -232,9 +232,9 @@ def in_memory() -> dict[str, float]:
   return found
 
 
-def beside_peers(folder: Path) -> dict[str, Any]:
-  """What other libraries' stores cost and find, by the flags."""
-  setting = store_peers.Setting(
+def setting() -> store_peers.Setting:
+  """What the flags say of the comparison with other libraries."""
+  return store_peers.Setting(
     dimension=4 if SMOKE.value else DIMENSIONS.value[0],
     sites=SITES.value,
     rounds=rounds(),
@@ -243,12 +243,13 @@ def beside_peers(folder: Path) -> dict[str, Any]:
     queries=QUERIES.value,
     smoke=SMOKE.value,
   )
-  return store_peers.measure(setting, folder)
 
 
 def main(_) -> None:
   print(f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)")
   found: dict[str, Any] = {}
+  if "peers" in PART.value:  # before the others take their time
+    store_peers.check(setting())
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(FOLDER.value or temporary)
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +260,7 @@ def main(_) -> None:
     if "memory" in PART.value:
       found["memory"] = in_memory()
     if "peers" in PART.value:
-      found["peers"] = beside_peers(folder)
+      found["peers"] = store_peers.measure(setting(), folder)
   if OUTPUT.value:
     Path(OUTPUT.value).write_text(json.dumps(found, indent=2) + "\n")
 

@@ -43,6 +43,7 @@ import numpy as np
 from experiments import own_store, store_retrieval, subjects, timing
 from experiments.own_store import Given
 from tda.data.packing import Rows
+from tda.models.config import DecoderConfig
 from tda.report import tables
 
 MODULES = ("torch", "bergson", "logix", "einops")
@@ -73,11 +74,12 @@ def missing() -> list[str]:
   return [x for x in MODULES if importlib.util.find_spec(x) is None]
 
 
-def measure(setting: Setting, folder: Path) -> dict[str, Any]:
-  """Prints costs and retrieval, and returns them.
+def check(setting: Setting) -> None:
+  """Refuses what cannot be compared.
 
   Raises:
-    ValueError: a peer that is not installed, or sites that they do not have.
+    ValueError: a peer that is not installed, sites that they do not have, or
+      too many directions.
   """
   if lacking := missing():
     raise ValueError(f"--part=peers needs {', '.join(lacking)}:{INSTALL}")
@@ -86,6 +88,12 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
       f"sites={setting.sites!r}: all libraries store gradients of"
       f" {list(own_store.KEYWORDS)} alone"
     )
+  decoder_config(setting)
+
+
+def measure(setting: Setting, folder: Path) -> dict[str, Any]:
+  """Prints costs and retrieval, and returns them; `check` first."""
+  check(setting)
   peers = {
     name: importlib.import_module(f"experiments.{name}_store").Side
     for name in ("bergson", "logix")
@@ -182,12 +190,16 @@ def stages(
   }
 
 
-def subject(setting: Setting) -> tuple[Given, Rows, Rows]:
-  """A decoder at its first weights, and rows of text."""
+def decoder_config(setting: Setting) -> DecoderConfig:
   sizes = {"width": 320, "layers": 8, "max_length": setting.length}
   if setting.smoke:
     sizes = {"width": 32, "layers": 2, "max_length": 32}
-  config = own_store.config(256, setting.dimension, **sizes)
+  return own_store.config(256, setting.dimension, **sizes)
+
+
+def subject(setting: Setting) -> tuple[Given, Rows, Rows]:
+  """A decoder at its first weights, and rows of text."""
+  config = decoder_config(setting)
   found = subjects.decoder(config, setting.sequences, setting.queries)
   masked = lambda rows: {**rows, "mask": np.ones_like(rows["x"])}
   given = Given(config, found.params, setting.sites, setting.dimension)
