@@ -20,8 +20,8 @@ Peers: build, search, query and retrieval beside bergson and LogIX, with the
 first --dimension, with --part=peers; see `experiments.store_peers`.
 
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
-1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .81 with 16
-directions of each side and .84 with 64, 1.19 of dd's .50 GB/s in 36 MiB, and
+1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .62 with 16
+directions of each side and .64 with 64, 1.19 of dd's .50 GB/s in 36 MiB, and
 1.14 of the sum's speed.
 """
 
