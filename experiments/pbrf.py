@@ -234,12 +234,19 @@ def _methods(task: Task) -> Iterator[tuple[str, Callable[[], Arrays]]]:
 
 
 def _fitted(task: Task, name: str) -> tuple[Any, float]:
-  """A response (C + λ)⁻¹ with C fitted to the Gauss-Newton, and its seconds."""
-  objective, loop = task.problem.objective, streams.Loop(512)
-  fit = fitting.fitter(task.found, objective, methods=(name,), labels="exact")
+  """A response (C + λ)⁻¹ with C fitted to the Gauss-Newton, and its seconds.
+
+  Of tokens labels are sampled: each has as many exact ones as there are words.
+  """
+  objective, setting = task.problem.objective, task.problem.setting
+  loop, key = streams.Loop(setting.fit_batch_size), None
+  labels = "exact"
+  if setting.likelihood == "tokens":
+    labels, key = "sampled:4", task.problem.key_for("labels")
+  fit = fitting.fitter(task.found, objective, methods=(name,), labels=labels)
   for _ in range(2):  # the second compiles nothing
     began = time.monotonic()
-    curvature = fit(task.params, task.train, loop=loop)[name]
+    curvature = fit(task.params, task.train, key=key, loop=loop)[name]
     jax.block_until_ready(curvature.eigenvalues)
   response = spectral.inverse(curvature, spectral.absolute(DAMPING.value))
   return response, time.monotonic() - began
