@@ -17,9 +17,7 @@ Goals: ratio / limit and memory at most 1.3. On two CPU cores:
   small, 32 rows          .56          .68          .81      .79          1.01
   SmolLM2, 4 rows         .66          .74          .71      .71           .90
 
-(--batch=8, --batch=32, and --model=FILE.gguf --batch=4 --queries=8). They are
-below 1 since XLA forms the gradient of a weight matrix, of which a pass forms
-none, slowly on a CPU.
+(--batch=8, --batch=32, and --model=FILE.gguf --batch=4 --queries=8).
 """
 
 import jax

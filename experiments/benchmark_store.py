@@ -59,7 +59,7 @@ PART = flags.DEFINE_multi_enum(
   "part",
   PARTS[:-1],
   PARTS,
-  "Which to measure; peers where they are installed.",
+  "Which to measure; peers have to be installed.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.")
 BATCH = flags.DEFINE_integer("batch", 8, "Sequences of a batch.")

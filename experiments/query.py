@@ -74,9 +74,13 @@ def main(_) -> None:
     lens, _K.value, among=among, damaged=_DAMAGED.value, label="search"
   )
   seconds = time.monotonic() - started
-  how = {"method": _METHOD.value, "k": _K.value, "first_stage": _FIRST.value}
-  how["damping"] = store_task.DAMPING.value
-  how["inverse"] = store_task.INVERSE.value
+  how = {
+    "method": _METHOD.value,
+    "k": _K.value,
+    "first_stage": _FIRST.value,
+    "damping": store_task.DAMPING.value,
+    "inverse": store_task.INVERSE.value,
+  }
   which = records.digest([asked.rows, *map(str, how.values())])[:8]
   workdir = Workdir(run.workdir.path / "queries" / which, how)
   show(run, pairs, found)

@@ -9,7 +9,7 @@ mean eigenvalue of each layer in all of them. What is asked for by default is
 LoGra here and in LogIX and the cosine in bergson, of which TrackStar without
 the queries' mixture ranks documents as ℓ-RelatIF does.
 
-With 16 directions (MRR of 192 copies among 672 documents; 175 CPU seconds):
+With 16 directions (MRR of 192 copies among 672 documents):
 
 |         | LoGra | ℓ-RelatIF | cosine | dot  |
 | tda     | .897  | .851      | .781   | .539 |
@@ -17,7 +17,7 @@ With 16 directions (MRR of 192 copies among 672 documents; 175 CPU seconds):
 | LogIX   | .828  | .863      |        | .631 |
 
 By the same directions all scores correlate by 1.0000000, so that the
-differences are those of the draws of directions.
+differences are those of one draw of directions each.
 """
 
 from collections.abc import Mapping

@@ -73,7 +73,7 @@ class Attention(nn.Module):
     share = config.heads // config.groups
     k_TxHxK = jnp.repeat(k_TxGxK, share, axis=1)
     v_TxHxK = jnp.repeat(v_TxGxK, share, axis=1)
-    # A CPU multiplies heads that lie together twice as fast.
+    # Heads that lie together are multiplied faster on a CPU.
     q_HxTxK, k_HxTxK, v_HxTxK = (
       x.swapaxes(0, 1) for x in (q_TxHxK, k_TxHxK, v_TxHxK)
     )
