@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from experiments import store_peers, timing
 from experiments.ekfac_stages import plain_gradient
-from tda import streams
+from tda import meshes, streams
 from tda.attribution import logra
 from tda.data.packing import Rows
 from tda.models import config as configs
@@ -90,7 +90,8 @@ def logging(folder: Path) -> dict[str, float]:
   config = configs.like("llama", 257, max_length=length, **sizes)
   init = jax.jit(decoder.Decoder(config).init)
   params = init(jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
-  objective, loop = decoder.objective(config), Loop(BATCH.value)
+  objective = decoder.objective(config)
+  loop = Loop(BATCH.value, mesh=meshes.mesh())
   rng = np.random.default_rng(0)
   draw = lambda: rng.integers(0, 257, (count, length), np.int32)
   rows = {"x": draw(), "y": draw(), "mask": np.ones((count, length), np.int32)}

@@ -43,6 +43,7 @@ class Side:
     *,
     batch: int,
     directions: Directions | None = None,
+    draw: int = 0,
   ):
     logging.disable(logging.INFO)  # or every pass is logged to stdout
     datasets.disable_progress_bars()
@@ -50,7 +51,7 @@ class Side:
     self.data, self.given_directions = sequences(rows), directions
     self.model = Causal(given.weights).requires_grad_(False)
     self.model.tokens.requires_grad_(True)
-    self.dimension = given.dimension
+    self.dimension, self.draw = given.dimension, draw
     self.modules = [
       name
       for name, module in self.model.named_modules()
@@ -133,7 +134,9 @@ class Side:
     return found
 
   def _processor(self) -> GradientProcessor:
-    found = GradientProcessor(projection_dim=self.dimension)
+    found = GradientProcessor(
+      projection_dim=self.dimension, projection_seed=self.draw
+    )
     for name, sides in (self.given_directions or {}).items():
       for role, x in zip(("right", "left"), sides, strict=True):
         key = name, role, torch.device("cpu")

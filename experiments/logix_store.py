@@ -38,13 +38,14 @@ class Side:
     *,
     batch: int,
     directions: Directions | None = None,
+    draw: int = 0,
   ):
     logging.disable(logging.INFO)  # or its modules are logged to stdout
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     self.folder, self.batch, self.rows = Path(folder), batch, rows
     self.dimension, self.keyword = given.dimension, given.keyword
     self.model = torch_models.Decoder(given.weights)
-    torch.manual_seed(0)  # of its directions
+    torch.manual_seed(draw)  # of its directions
     first = self._anew("directions")
     first.add_lora()
     self.modules = list(first.logger.modules_to_name.values())

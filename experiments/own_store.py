@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.ekfac_stages import plain_gradient
-from tda import streams
+from tda import meshes, streams
 from tda.attribution import logra
 from tda.data.packing import Rows
 from tda.models import decoder
@@ -91,15 +91,17 @@ class Side:
     *,
     batch: int,
     dtype: str = "float32",
+    draw: int = 0,
   ):
     self.given, self.rows, self.dtype = given, rows, dtype
-    self.folder, self.batch, self.loop = Path(folder), batch, Loop(batch)
+    self.folder, self.batch = Path(folder), batch
+    self.loop = Loop(batch, mesh=meshes.mesh())
     objective = decoder.objective(given.config)
     self.log = logra.logger(
       objective,
       given.params,
       rows,
-      key=jax.random.key(1),
+      key=jax.random.key(1 + draw),
       dimension=given.dimension,
       select=decoder.SITES[given.sites],
     )

@@ -19,11 +19,12 @@ what it reads and finds both ends of the ranking; bergson maps the whole store
 into memory, and neither peer checks it.
 
 Goals: builds 1.5 times as fast as the faster peer's, and searches and queries
-as fast. On two CPU cores none is met, with .71 for builds, .27 and cold .61 for
-searches, and .68 for queries. Builds take .54 of a plain gradient here, .80 in
-bergson and .83 in LogIX, but torch's gradient takes .46 of the time of XLA's. A
-search in bfloat16 takes .20 s cold, .16 from the cache, bergson's in float32
-.19 and .07, LogIX's 1.45 and 1.28.
+as fast. On two CPU cores, with the environment that the README has for them,
+none is met, with .80 for builds, .37 and cold .70 for searches, and .77 for
+queries. Builds take .56 of a plain gradient here, .79 in bergson and .81 in
+LogIX, but torch's gradient takes .56 of the time of XLA's. A search in
+bfloat16 takes .17 s cold, .11 from the cache, bergson's in float32 .19 and .07,
+LogIX's 1.33 and 1.16.
 """
 
 import contextlib

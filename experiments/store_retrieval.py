@@ -9,17 +9,19 @@ mean eigenvalue of each layer in all of them. What is asked for by default is
 LoGra here and in LogIX and the cosine in bergson, of which TrackStar without
 the queries' mixture ranks documents as ℓ-RelatIF does.
 
-With 16 directions (MRR of 192 copies among 672 documents):
+With 16 directions, drawn three times (MRR of 192 copies among 672 documents, ±
+one standard error of the draws):
 
-|         | LoGra | ℓ-RelatIF | cosine | dot  |
-| tda     | .897  | .851      | .781   | .539 |
-| bergson | .838  | .835      | .762   | .636 |
-| LogIX   | .828  | .863      |        | .631 |
+|         | LoGra       | ℓ-RelatIF   | cosine      | dot         |
+| tda     | .863 ± .018 | .860 ± .009 | .781 ± .006 | .581 ± .022 |
+| bergson | .848 ± .013 | .868 ± .010 | .789 ± .021 | .655 ± .018 |
+| LogIX   | .829 ± .012 | .867 ± .003 |             | .608 ± .012 |
 
 By the same directions all scores correlate by 1.0000000, so that the
-differences are those of one draw of directions each.
+differences are those of the draws, and of what each library draws from.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ from tda.report import tables
 from tda.report.names import display
 
 BATCH = 16
+DRAWS = 3  # of directions
 
 
 class Row(NamedTuple):
@@ -43,7 +46,7 @@ class Row(NamedTuple):
 
   library: str
   method: str
-  found: dict[str, float]  # as of `ranking.means`
+  found: dict[str, list[float]]  # as of `ranking.means`, by draw
   same: float  # correlation of all scores with tda's, by the same directions
 
 
@@ -67,41 +70,50 @@ def compared(
   rows, _ = influence_page.alone(task.texts, by, setting.length)
   assert len(rows["x"]) == len(task.texts), "a document is longer than a row"
   queries = attribution.completions(task.pairs, by, setting.length)
+  folder.mkdir(parents=True, exist_ok=True)
 
-  def scored(make, name, **options):
-    path = folder / name
-    path.mkdir(parents=True, exist_ok=True)
-    side = make(given, rows, path, batch=BATCH, **options)
-    side.build()
-    return side, side.scores(side.ask(queries))
+  def scored(make, **options):
+    with tempfile.TemporaryDirectory(dir=folder) as path:
+      side = make(given, rows, path, batch=BATCH, **options)
+      side.build()
+      return side.scores(side.ask(queries)), side
 
-  ours, scores = scored(own_store.Side, "tda")
-  copies = task.copies()
-  result = [
-    Row("tda", method, ranking.means(x, copies), 1.0)
-    for method, x in scores.items()
-  ]
-  for name, make in peers.items():
-    _, own = scored(make, f"{name} own")
-    _, same = scored(make, f"{name} same", directions=ours.directions())
-    for method, x in own.items():
-      alike = np.corrcoef(same[method].ravel(), scores[method].ravel())[0, 1]
-      found = ranking.means(x, copies)
+  draws, copies = range(1 if smoke else DRAWS), task.copies()
+  result = []
+  for name, make in {"tda": own_store.Side, **peers}.items():
+    several = [scored(make, draw=draw) for draw in draws]
+    own = [scores for scores, _ in several]
+    same = own[0]
+    if name == "tda":
+      ours, directions = same, several[0][1].directions()
+    else:
+      same, _ = scored(make, directions=directions)
+    for method in same:
+      alike = np.corrcoef(same[method].ravel(), ours[method].ravel())[0, 1]
+      each = [ranking.means(x[method], copies) for x in own]
+      found = {k: [x[k] for x in each] for k in each[0]}
       result.append(Row(name, method, found, float(alike)))
   return result
 
 
 def table(rows: list[Row]) -> str:
-  """The best first."""
+  """The best first; ± one standard error over the draws."""
   names = list(rows[0].found)
   body = [
     [
       row.library,
       display(row.method),
-      *(f"{row.found[name]:.3f}" for name in names),
+      *(_mean(row.found[name]) for name in names),
       "" if row.library == "tda" else f"{row.same:.7f}",
     ]
-    for row in sorted(rows, key=lambda row: -row.found["MRR"])
+    for row in sorted(rows, key=lambda row: -np.mean(row.found["MRR"]))
   ]
   header = ["library", "method", *names, "correlation with tda"]
   return tables.aligned(header, body, [False] * 2 + [True] * (len(names) + 1))
+
+
+def _mean(values: list[float]) -> str:
+  if len(values) == 1:
+    return f"{values[0]:.3f}"
+  error = np.std(values, ddof=1) / len(values) ** 0.5
+  return f"{np.mean(values):.3f} ± {error:.3f}"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
+WARM = 3  # rounds that a choice goes by
 CALL_SECONDS = 0.1  # a round calls fast functions until this much has passed
 
 
@@ -118,8 +119,9 @@ def fastest(runs: Sequence[Callable[[], float]]) -> tuple[int, float]:
   firsts = [run() for run in runs]
   if len(runs) == 1:
     return 0, firsts[0]
-  warm = [run() for run in runs]
-  best = warm.index(min(warm))
+  rounds = [[run() for run in runs] for _ in range(WARM)]
+  warm = np.min(rounds, axis=0)
+  best = int(warm.argmin())
   return best, firsts[best]
 
 

@@ -330,3 +330,26 @@ def test_rows_that_are_not_stored_are_scored_by_a_response(stored):
   found = score(store_cases.model(), train, store_cases.data(3, 9), responses)
   want = search.scores(lenses.lens(store, asked))
   np.testing.assert_allclose(found["logra"].values, want, rtol=1e-3, atol=1e-6)
+
+
+def test_products_of_bfloat16_rows_have_the_digits_of_float32():
+  rng = np.random.default_rng(0)
+  spans = (layout.Span("block", 0, (), 1, 1, 512),)
+  rows = jnp.asarray(rng.standard_normal((9, 512)), jnp.bfloat16)
+  scales = 10 ** rng.uniform(-9, 9, (3, 512))
+  directions = rng.standard_normal((3, 512)) * scales
+  directions = directions.astype(np.float32)
+  found = search.products(layout.Encoded(rows, None), directions, spans)
+  wide = np.asarray(rows).astype(np.float64), directions.astype(np.float64)
+  size = np.abs(wide[1]) @ np.abs(wide[0]).T
+  # Two parts would leave errors of 2e-6 of the sizes, and one of 1e-3.
+  error = np.abs(np.asarray(found) - wide[1] @ wide[0].T) / size
+  assert error.max() < 3e-7
+
+
+def test_parts_add_up_to_what_they_are_of():
+  x = np.random.default_rng(0).standard_normal((4, 100)).astype(np.float32)
+  parts = jax.jit(search._parts)(x)
+  assert {part.dtype for part in parts} == {jnp.dtype(jnp.bfloat16)}
+  total = sum(np.asarray(part).astype(np.float64) for part in parts)
+  np.testing.assert_array_equal(total.astype(np.float32), x)

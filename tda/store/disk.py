@@ -28,7 +28,7 @@ from tda import parts as parts_lib
 from tda.store.layout import DTYPES, Span, row_bytes, width
 
 VERSION = 1
-CHUNK = 2**21  # bytes, about, that one checksum is of
+CHUNK = 2**19  # bytes, about, that one checksum is of
 SHARD = 2**26  # bytes, about, of a shard
 ZEROS = {"store_data_equal_to_fill_value": True}  # or zeros are no file
 
@@ -304,6 +304,7 @@ def array(path: Path) -> ts.TensorStore:
   spec = {
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": str(path.absolute())},
+    "context": {"file_io_mode": {"mode": "memmap"}},  # a copy less
     **ZEROS,
   }
   return ts.open(spec, open=True).result()

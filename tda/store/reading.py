@@ -13,7 +13,7 @@ from tda.store import disk
 from tda.store.disk import Shard, Store
 from tda.store.layout import Encoded, row_bytes
 
-READ = 2**24  # bytes, about, that are read at a time
+READ = 2**23  # bytes, about, that are read at a time
 
 
 class Block(NamedTuple):
@@ -34,7 +34,7 @@ def blocks(
 
   Args:
     store: which.
-    rows: of a block; as many as make 16 MiB unless given.
+    rows: of a block; as many as make 8 MiB unless given.
     lost: where to say which rows cannot be read, and go on; None raises.
 
   Raises:
