@@ -116,7 +116,8 @@ def ends(
     _merge(top, scores, outside, inside.start)
     _merge(bottom, -scores, outside, inside.start)
   bottom = Best(-bottom.scores, bottom.rows)
-  return Ends(_found(store, top), _found(store, bottom), lost or [])
+  names = store.names
+  return Ends(_found(names, top), _found(names, bottom), lost or [])
 
 
 def scores(
@@ -151,8 +152,7 @@ def by_document(
   return list(documents), total
 
 
-def _found(store: Store, best: Best) -> Found:
-  names = store.names
+def _found(names: Sequence[str], best: Best) -> Found:
   said = [[names[i] if i >= 0 else "" for i in row] for row in best.rows]
   return Found(best.scores, best.rows, said)
 
