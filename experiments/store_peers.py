@@ -20,11 +20,12 @@ into memory, and neither peer checks it.
 
 Goals: builds 1.5 times as fast as the faster peer's, and searches and queries
 as fast. On two CPU cores, with the environment that the README has for them,
-none is met, with .80 for builds, .37 and cold .70 for searches, and .77 for
-queries. Builds take .56 of a plain gradient here, .79 in bergson and .81 in
-LogIX, but torch's gradient takes .56 of the time of XLA's. A search in
-bfloat16 takes .17 s cold, .11 from the cache, bergson's in float32 .19 and .07,
-LogIX's 1.33 and 1.16.
+two runs have .80 and .95 for builds, .37 and .36 for searches, cold .70 and
+1.35, and .77 and .50 for queries, so that only cold searches come near. Builds
+take .56 and .37 of a plain gradient here and .80 in bergson, but torch's
+gradient takes half of the time of XLA's. In bfloat16 a search takes .08 s from
+the cache and .13 s cold, bergson's in float32 .06 and .33, LogIX's 1.17 and
+1.26 (the second run).
 """
 
 import contextlib
