@@ -14,9 +14,9 @@ at the fastest of some batches:
     query   gradients of queries, and the search
 
 The plain gradient is that of each framework, at the batch that is best for its
-builds. A search here reads blocks, checks
-what it reads and finds both ends of the ranking; bergson maps the whole store
-into memory, and neither peer checks it.
+builds. A search here reads blocks, checks what it reads and finds both ends of
+the ranking; bergson maps the whole store into memory, and neither peer checks
+it.
 
 Goals: builds 1.5 times as fast as the faster peer's, and searches and queries
 as fast. On two CPU cores, with the environment that the README has for them,
@@ -94,7 +94,11 @@ def check(setting: Setting) -> None:
 
 
 def measure(setting: Setting, folder: Path) -> dict[str, Any]:
-  """Prints costs and retrieval, and returns them; `check` first."""
+  """Prints costs and retrieval, and returns them.
+
+  Raises:
+    ValueError: as `check` does, before anything is measured.
+  """
   check(setting)
   peers = {
     name: importlib.import_module(f"experiments.{name}_store").Side

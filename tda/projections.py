@@ -18,8 +18,8 @@ from tda.blocks import Blocks, Trace
 from tda.curvature.kronecker import Basis
 
 Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-KINDS = ("random", "sparse", "principal")
 """(key, shape [*stack, G, D, K]) -> directions of a side, as columns."""
+KINDS = ("random", "sparse", "principal")
 
 
 def rademacher(found: Trace, key: jax.Array, dimension: int) -> Blocks:

@@ -27,7 +27,7 @@ from tda.store.reading import Block
 
 Array = jax.Array
 TILE = 2**21
-"""Bytes, about, that a CPU multiplies at a time, decoded within its caches."""
+"""Bytes, about, that a CPU multiplies at a time, within its caches."""
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -236,13 +236,13 @@ def products(
   if rows.values.dtype == jnp.bfloat16:
     # As they are: to convert them takes longer than to multiply three times.
     parts = jnp.concatenate(_parts(directions))
-    products = jax.lax.dot_general(
+    each = jax.lax.dot_general(
       rows.values,
       parts,
       (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
-    return products.reshape(len(products), 3, -1).sum(axis=1).T
+    return each.reshape(len(each), 3, -1).sum(axis=1).T
   decoded = layout.decode(rows, spans)
   return jnp.matmul(decoded, directions.T, precision=_HIGHEST).T
 
