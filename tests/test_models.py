@@ -130,10 +130,11 @@ def attention_by_hand(params, x, heads):
   return np.einsum("thk,hkd->td", mixed, out["kernel"]) + out["bias"]
 
 
-def test_attention_is_its_formula():
-  x = np.random.RandomState(0).normal(size=(5, 8)).astype(np.float32)
+@pytest.mark.parametrize("length", [5, 131, 331])  # of 1, 2 and 4 pieces
+def test_attention_is_its_formula(length):
+  x = np.random.RandomState(0).normal(size=(length, 8)).astype(np.float32)
   config = DecoderConfig(**SIZES)
-  at = attention.places(config, 5, None)
+  at = attention.places(config, length, None)
   module = attention.Attention(config)
   params = draw(module.init, x, at)
   np.testing.assert_allclose(

@@ -345,7 +345,7 @@ def test_products_of_bfloat16_rows_have_the_digits_of_float32():
   wide = np.asarray(rows).astype(np.float64), directions.astype(np.float64)
   size = np.abs(wide[1]) @ np.abs(wide[0]).T
   # Two parts would leave errors of 2e-6 of the sizes, and one of 1e-3.
-  error = np.abs(np.asarray(found) - wide[1] @ wide[0].T) / size
+  error = np.abs(np.asarray(found).T - wide[1] @ wide[0].T) / size
   assert error.max() < 3e-7
 
 

@@ -3,6 +3,7 @@
 Notation: n rows that are read together, F columns, M modules.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from tda.store import disk
 from tda.store.disk import Shard, Store
 from tda.store.layout import Encoded, row_bytes
 
+ALIGNED = 64  # bytes
 READ = 2**23  # bytes, about, that are read at a time
 
 
@@ -49,7 +51,7 @@ def blocks(
   most = max((shard.rows for shard in store.shards), default=1)
   usual = max(1, READ // row_bytes(store.layout, store.dtype))
   size = min(rows or usual, max(1, most))
-  buffers = [[np.zeros((size, c), d) for _, d, c in arrays] for _ in range(3)]
+  buffers = [[_aligned((size, c), d) for _, d, c in arrays] for _ in range(3)]
   plan = [
     (shard, begin, min(begin + size, shard.rows))
     for shard in store.shards
@@ -102,6 +104,14 @@ def take(store: Store, rows: Sequence[int]) -> Encoded:
       _settled(shard, (begin, begin + 1), [future], [name], None)
     found.append(values)
   return _encoded(found)
+
+
+def _aligned(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+  """Zeros that a CPU device uses where they are; JAX copies others."""
+  size = math.prod(shape) * dtype.itemsize
+  held = np.zeros(size + ALIGNED, np.uint8)
+  start = -held.ctypes.data % ALIGNED
+  return held[start : start + size].view(dtype).reshape(shape)
 
 
 def _encoded(arrays: Sequence[np.ndarray]) -> Encoded:

@@ -26,9 +26,6 @@ from tda.store.layout import Encoded, Span
 from tda.store.reading import Block
 
 Array = jax.Array
-TILE = 2**21
-"""Bytes, about, that a CPU multiplies at a time, within its caches."""
-
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -201,30 +198,23 @@ def _scores(
     size = max(layout.row_bytes(x.store.layout, x.store.dtype) for x in lenses)
     rows = max(1, reading.READ // size)
     streams = [reading.blocks(lens.store, rows=rows) for lens in lenses]
+  directions = [jnp.asarray(lens.directions) for lens in lenses]
   with tqdm.tqdm(total=total, desc=label, unit="row", disable=not label) as bar:
     for blocks in zip(*streams, strict=True):
       count = blocks[0].held
       inside = slice(blocks[0].first, blocks[0].first + count)
-      pairs = zip(lenses, blocks, strict=True)
-      each = [_scored(x, block, inside) for x, block in pairs]
+      parts = zip(lenses, directions, blocks, strict=True)
+      each = [_scored(*part, inside) for part in parts]
       yield inside, np.sum(each, axis=0)
       bar.update(count)
 
 
-def _scored(lens: Lens, block: Block, inside: slice) -> np.ndarray:
-  """Scores [Q, n] of a block."""
-  store, rows = lens.store, block.rows
-  size = len(rows.values)
-  if jax.default_backend() == "cpu":
-    size = max(1, TILE // layout.row_bytes(store.layout, store.dtype))
-  tile = lambda i: jax.tree.map(lambda x: x[i : i + size], rows)
-  parts = [
-    products(tile(i), lens.directions, store.layout)
-    for i in range(0, block.held, size)
-  ]
-  # Nothing still reads the block when it is filled again.
-  scores = np.concatenate([np.asarray(x) for x in parts], axis=1)
-  scores = scores[:, : block.held]
+def _scored(
+  lens: Lens, directions: Array, block: Block, inside: slice
+) -> np.ndarray:
+  """Scores [Q, n] of a block, which nothing reads afterwards."""
+  scores = np.asarray(products(block.rows, directions, lens.store.layout))
+  scores = np.ascontiguousarray(scores[: block.held].T)
   return scores if lens.weights is None else scores * lens.weights[inside]
 
 
@@ -232,7 +222,7 @@ def _scored(lens: Lens, block: Block, inside: slice) -> np.ndarray:
 def products(
   rows: Encoded, directions: Array, spans: tuple[Span, ...]
 ) -> Array:
-  """⟨d, f⟩ [Q, n] of rows that are held in memory, exact but for rounding."""
+  """⟨d, f⟩ [n, Q] of rows that are held in memory, exact but for rounding."""
   if rows.values.dtype == jnp.bfloat16:
     # As they are: to convert them takes longer than to multiply three times.
     parts = jnp.concatenate(_parts(directions))
@@ -242,9 +232,9 @@ def products(
       (((1,), (1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
-    return each.reshape(len(each), 3, -1).sum(axis=1).T
+    return each.reshape(len(each), 3, -1).sum(axis=1)
   decoded = layout.decode(rows, spans)
-  return jnp.matmul(decoded, directions.T, precision=_HIGHEST).T
+  return jnp.matmul(decoded, directions.T, precision=_HIGHEST)
 
 
 def _parts(x: Array) -> list[Array]:
