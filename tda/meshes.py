@@ -4,6 +4,9 @@ Library functions take arrays in any sharding. A batch is spread over the
 "data" axis; parameters are the caller's to place, replicated by default.
 """
 
+import contextlib
+import zlib
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -96,10 +99,35 @@ def fetch(x: jax.Array) -> np.ndarray:
   return np.asarray(x)
 
 
-def together(name: str) -> None:
-  """Waits until every process is here; `name` says where."""
+@contextlib.contextmanager
+def together(name: str) -> Iterator[None]:
+  """Goes on once every process has done what is inside, or fails in all.
+
+  What is inside does not wait for other processes. `name` says what it is, and
+  is the same in all of them.
+
+  Raises:
+    ValueError: another process failed there, or is somewhere else.
+  """
+  error: Exception | None = None
+  try:
+    yield
+  except Exception as found:
+    error = found
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    own = zlib.crc32(name.encode()), error is not None
+    names, failed = multihost_utils.process_allgather(np.array(own)).T
+    if error is None and failed.any():
+      raise ValueError(
+        f"{name}: process {failed.argmax()} failed, and says why"
+      )
+    if error is None and len({*names.tolist()}) > 1:
+      raise ValueError(
+        f"{name}: the other processes are not there; all of a run need the same"
+        " data, model and options"
+      )
+  if error is not None:
+    raise error
 
 
 def agreed(said: bool) -> bool:

@@ -84,6 +84,21 @@ def test_each_process_writes_its_part_of_a_store(together, tmp_path):
   assert [[*found["shards"]] for found in together] == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_a_process_that_fails_alone_ends_the_other_too(together, tmp_path):
+  first, second = (found["said"] for found in together)
+  assert "process 1 failed, and says why" in first[0]
+  assert "could not be written: No space left" in second[0]
+  assert "rows of float32 of other blocks" in first[1]
+  assert "process 0 failed, and says why" in second[1]
+  for said in (first, second):
+    assert "all of a run need the same data" in said[2]
+  want = store_cases.rows(store_cases.build(tmp_path / "s"))
+  for found in together:
+    np.testing.assert_allclose(found["again"], want, rtol=1e-5, atol=1e-6)
+  # What the first had written was kept, and the rest went to both of them.
+  assert sorted(x for found in together for x in found["left"]) == [1, 3, 5]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_compute_what_one_does(together, alone, method):
   for found in together:

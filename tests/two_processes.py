@@ -38,6 +38,7 @@ def main(port: str, process: str, folder: str) -> None:
   total = resumed_sum(loop._replace(directory=f"{folder}/sum", save_every=0))
   scores = conformance.run(Variation(methods=METHODS, loop=loop))
   scores["stored"], scores["shards"] = stored(f"{folder}/store", loop)
+  scores |= failing(f"{folder}/failing", loop, int(process))
   # Both have to keep what both hold, wherever the devices stand in the mesh.
   turned = jax.sharding.Mesh(
     loop.mesh.devices[::-1], ("data", "model"), axis_types=loop.mesh.axis_types
@@ -69,6 +70,32 @@ def stored(
   store = store_cases.build(folder, loop=loop)
   disk.write, records.digest = write, digest
   return store_cases.rows(store), np.array(written)
+
+
+def failing(folder: str, loop: Loop, process: int) -> dict[str, np.ndarray]:
+  """What is said where one process fails alone, and what was written after."""
+  write = disk.write
+
+  def full(part, number, name, values):
+    raise OSError("No space left on device")
+
+  def said(**options) -> str:
+    try:
+      store_cases.build(folder, loop=loop, **options)
+    except ValueError as error:
+      return str(error)
+    return ""
+
+  disk.write = full if process == 1 else write
+  unwritten = said()
+  disk.write = write
+  if process == 1:  # as where it has other files
+    other = store_cases.data(seed=2)
+  else:
+    other = None
+  messages = [unwritten, said(dtype="int8"), said(train=other)]
+  rows, shards = stored(folder, loop)
+  return {"said": np.array(messages), "again": rows, "left": shards}
 
 
 def resumed_sum(loop: Loop) -> np.ndarray:

@@ -147,10 +147,10 @@ def logger(
       about["features"] = f"{updates.name} from the state {state}"
       features = updated(updates.step)
       carried = updates.state, given
-    if jax.process_index() == 0:
-      disk.create(Path(folder), spans, dtype, about)
-      _save(Path(folder) / PROJECTION, given)
-    meshes.together(f"{folder} created")
+    with meshes.together(f"making {folder}"):
+      if jax.process_index() == 0:
+        disk.create(Path(folder), spans, dtype, about)
+        _save(Path(folder) / PROJECTION, given)
     operands = params, carried
     return writing.build(
       folder, features, operands, train, names=names, held=held, **options

@@ -76,18 +76,18 @@ def build(
   each = 1 if held is None else held.shape[1]
   cut = disk.cut(store, counts, each, per_shard, processes)
   path, digest = store.path, records.digest(data)
-  if process == 0:
-    with (path / "lock").open("w") as file:  # one adds at a time
-      fcntl.lockf(file, fcntl.LOCK_EX)
-      if _part(path, digest, append) is None:
-        disk.add(store, digest, cut)
-  meshes.together(f"{path} part {digest}")
+  with meshes.together(f"data {digest} in {path}"):
+    if process == 0:
+      with (path / "lock").open("w") as file:  # one adds at a time
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        if _part(path, digest, append) is None:
+          disk.add(store, digest, cut)
   part = _part(path, digest, append)
   assert part is not None
   names = _numbers(part, path) if names is None else names
-  todo = disk.missing(part)
-  meshes.together(f"{path} missing {digest}")  # before any of them writes
-  _check_room(store, part, counts, todo)
+  with meshes.together(f"room in {path}"):  # before any of them writes
+    todo = disk.missing(part)
+    _check_room(store, part, counts, todo)
   owners = _owners(
     streams.batch_size(min(n, part.per_shard * len(todo)), loop), loop
   )
@@ -99,7 +99,6 @@ def build(
   mine = shards.get(process, [])
   with _filling(part, mine, names, firsts, held, owners) as put:
     streams.visit(run, operands, data, order, put, loop)
-  meshes.together(f"{path} written {digest}")
   return disk.opened(path)
 
 
@@ -172,56 +171,89 @@ def _order(
 
 @contextlib.contextmanager
 def _filling(
-  part: Part,
-  mine: Sequence[int],
-  names: Sequence[str],
-  firsts: np.ndarray,
-  held: np.ndarray | None,
-  owners: np.ndarray,
+  part: Part, mine: Sequence[int], *how: Any
 ) -> Iterator[Callable[[Encoded, np.ndarray], None]]:
-  """Takes the rows of examples in the order of `mine`, shard by shard."""
-  todo = list(mine)
-  kept: list[list[np.ndarray]] = []
-  pending: list[Callable[[], None]] = []
-  have = 0
+  """Takes the rows of examples in the order of `mine`, shard by shard.
 
-  def settle():
-    while pending:
-      pending.pop()()
+  A process that cannot write goes on with the others, whose shards are kept,
+  and all of them fail in the end. `how` is of `_Filling`.
+  """
+  failed: list[Exception] = []
+
+  def alone(run, *args):
+    try:
+      run(*args)
+    except Exception as error:
+      if jax.process_count() == 1:
+        raise
+      failed.append(error)
 
   with (part.path / "shards" / "lock").open("w") as file:
-    if todo:
-      lock(file, part, todo[0])
-
-    def put(encoded, index):
-      nonlocal kept, have
-      arrays, local = _local(encoded, index, owners)
-      arrays, local = [x[local >= 0] for x in arrays], local[local >= 0]
-      while len(local):
-        examples = part.inside(todo[0])
-        assert local[0] == examples[have], "rows come in the order of shards"
-        count = int(np.searchsorted(local, examples[-1], "right"))
-        if held is None:
-          kept.append([x[:count] for x in arrays])
-        else:
-          kept.append([x[:count][held[local[:count]]] for x in arrays])
-        have += count
-        arrays, local = [x[count:] for x in arrays], local[count:]
-        if have < len(examples):
-          continue
-        shard = todo.pop(0)
-        values = [np.concatenate(x) for x in zip(*kept, strict=True)]
-        said = names[firsts[examples[0]] : firsts[examples[-1] + 1]]
-        settle()
-        pending.append(_written(part, shard, values, said))
-        kept, have = [], 0
-        if todo:
-          lock(file, part, todo[0])
-
+    with meshes.together(f"locking shards of {part.path}"):
+      filling = _Filling(part, mine, file, *how)
     try:
-      yield put
+      yield lambda *rows: None if failed else alone(filling.put, *rows)
     finally:  # what is whole is kept when the next example is not finite
-      settle()
+      alone(filling.settle)
+    with meshes.together(f"writing {part.path}"):
+      if failed:
+        raise failed[0]
+
+
+class _Filling:
+  """The shard that is being filled, and the one that is being written."""
+
+  def __init__(
+    self,
+    part: Part,
+    mine: Sequence[int],
+    file: IO,
+    names: Sequence[str],
+    firsts: np.ndarray,
+    held: np.ndarray | None,
+    owners: np.ndarray,
+  ):
+    self.part, self.todo, self.file = part, list(mine), file
+    self.names, self.firsts = names, firsts
+    self.held, self.owners = held, owners
+    self.kept: list[list[np.ndarray]] = []
+    self.have = 0  # examples
+    self.pending: Callable[[], None] | None = None
+    self._lock()
+
+  def put(self, encoded: Encoded, index: np.ndarray) -> None:
+    """Takes the rows of a batch; writes the shards that they complete."""
+    arrays, local = _local(encoded, index, self.owners)
+    arrays, local = [x[local >= 0] for x in arrays], local[local >= 0]
+    while len(local):
+      examples = self.part.inside(self.todo[0])
+      assert local[0] == examples[self.have], "rows come in the order of shards"
+      count = int(np.searchsorted(local, examples[-1], "right"))
+      taken = slice(count) if self.held is None else self.held[local[:count]]
+      self.kept.append([x[:count][taken] for x in arrays])
+      self.have += count
+      arrays, local = [x[count:] for x in arrays], local[count:]
+      if self.have == len(examples):
+        self._write(examples)
+
+  def settle(self) -> None:
+    """Waits until what was begun is written."""
+    pending, self.pending = self.pending, None
+    if pending is not None:
+      pending()
+
+  def _write(self, examples: np.ndarray) -> None:
+    shard = self.todo.pop(0)
+    values = [np.concatenate(x) for x in zip(*self.kept, strict=True)]
+    rows = slice(self.firsts[examples[0]], self.firsts[examples[-1] + 1])
+    self.settle()
+    self.pending = _written(self.part, shard, values, self.names[rows])
+    self.kept, self.have = [], 0
+    self._lock()
+
+  def _lock(self) -> None:
+    if self.todo:
+      lock(self.file, self.part, self.todo[0])
 
 
 def _written(
