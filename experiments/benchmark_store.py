@@ -20,9 +20,9 @@ Peers: build, search, query and retrieval beside bergson and LogIX, with the
 first --dimension, with --part=peers; see `experiments.store_peers`.
 
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
-1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .62 with 16
-directions of each side and .66 with 64 (with a device a core and large pages
-.56 and .59); .79 of dd's 1.10 GB/s, in 18 MiB; and 1.05 of the sum's speed.
+1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .57 with 16
+directions of each side and .59 with 64; .91 of dd's .99 GB/s, in 19 MiB; and
+1.06 of the sum's speed.
 """
 
 import json

@@ -20,12 +20,10 @@ it.
 
 Goals: builds 1.5 times as fast as the faster peer's, and searches and queries
 as fast. On two CPU cores, with the environment that the README has for them,
-two runs have .80 and .95 for builds, .37 and .36 for searches, cold .70 and
-1.35, and .77 and .50 for queries, so that only cold searches come near. Builds
-take .56 and .37 of a plain gradient here and .80 in bergson, but torch's
-gradient takes half of the time of XLA's. In bfloat16 a search takes .08 s from
-the cache and .13 s cold, bergson's in float32 .06 and .33, LogIX's 1.17 and
-1.26 (the second run).
+builds are .96 times as fast, queries .89, searches .54 and cold ones 1.12. A
+build takes .46 of a plain gradient here and .80 in the peers, but torch's
+gradient takes .56 of the time of XLA's. A search is .12 s, of which half goes
+into checksums, to .07 s in bergson and 1.22 s in LogIX; in bfloat16 .07 s.
 """
 
 import contextlib

@@ -138,6 +138,14 @@ def test_later_data_are_added_and_nothing_is_written_twice(tmp_path):
     reading.take(store, [0, 32])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_lie_where_a_cpu_computes_on_them(tmp_path, dtype):
+  """JAX copies what begins elsewhere, which takes longer than a search."""
+  store = store_cases.build(tmp_path / "s", dtype=dtype)
+  arrays = [x for b in reading.blocks(store) for x in jax.tree.leaves(b.rows)]
+  assert arrays and {x.ctypes.data % 64 for x in arrays} == {0}
+
+
 def test_a_damaged_shard_is_named(tmp_path):
   store = store_cases.build(tmp_path / "s")
   whole = store_cases.rows(store)
