@@ -197,12 +197,25 @@ def test_neighbours_and_outliers(stored):
 
 def test_what_was_summed_is_kept_until_rows_are_added(tmp_path, monkeypatch):
   store = store_cases.build(tmp_path / "s")
-  first = fisher.fisher(store)
+  look = lambda: {
+    "F": fisher.fisher(store),
+    "inverse": fisher.inverse(store, 0.1),
+    "another": fisher.inverse(store, 0.2),
+    "diagonal": fisher.inverse(store, 0.1, "diagonal"),
+    "joint": {"all": fisher.joint_inverse(store, 0.1)},
+  }
+  found = look()
+  first = found["F"]
   with monkeypatch.context() as patched:
     patched.setattr(reading, "blocks", None)  # reading would fail
-    again = fisher.fisher(store)
-  for name, x in first.items():
-    np.testing.assert_array_equal(x, again[name])
+    patched.setattr(fisher, "inverted", None)
+    jax.tree.map(np.testing.assert_array_equal, look(), found)
+  for name, damping in (("inverse", 0.1), ("another", 0.2)):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      found[name],
+      fisher.inverted(first, damping),
+    )
   more = store_cases.build(
     tmp_path / "s", store_cases.data(9, seed=2), append=True
   )

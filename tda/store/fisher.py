@@ -4,8 +4,9 @@
 
 is the empirical Fisher matrix of module m along its directions: second moments,
 not centred (Choe et al. 2024, §3.1, whose damping is a tenth of the mean
-eigenvalue of each module). The sums over a store are kept beside it; those of
-the rows that a damaged one still has, which are told in `lost`, are not.
+eigenvalue of each module). The sums over a store and their inverses are kept
+beside it; those of the rows that a damaged one still has, which are told in
+`lost`, are not.
 
 Notation: N rows, modules m of D coordinates, Q queries; spans as in
 `tda.store.layout`.
@@ -38,6 +39,7 @@ LARGEST = 2**31
 An inverse in float64 takes up to seven times those of a block more.
 """
 HIGHEST = jax.lax.Precision.HIGHEST
+INVERSES = ("eigen", "hyperpower", "diagonal")
 
 
 def fisher(
@@ -84,6 +86,39 @@ def squares(
   return _kept(store, "squares", compute, lost)
 
 
+def second(
+  store: Store, how: str, lost: list[str] | None = None
+) -> dict[str, np.ndarray]:
+  """F, or its diagonals, which are all that the inverse "diagonal" needs."""
+  _check_inverse(how)
+  return squares(store, lost) if how == "diagonal" else fisher(store, lost)
+
+
+def inverse(
+  store: Store,
+  damping: float,
+  how: str = "eigen",
+  lost: list[str] | None = None,
+) -> dict[str, np.ndarray]:
+  """(F + λ)⁻¹ of every module as of `inverted`; kept beside the store.
+
+  Raises:
+    ValueError: as `fisher` and `inverted`, before anything is computed.
+  """
+  _check_inverse(how, damping)
+  compute = lambda: inverted(second(store, how, lost), damping, how)
+  return _kept(store, f"inverse_{how}_{float(damping)}", compute, lost)
+
+
+def joint_inverse(
+  store: Store, damping: float, lost: list[str] | None = None
+) -> np.ndarray:
+  """(F + λ)⁻¹ of all modules together [F, F], kept as well."""
+  _check_inverse("eigen", damping)
+  compute = lambda: inverted({"all": joint(store, lost)}, damping)
+  return _kept(store, f"joint_{float(damping)}", compute, lost)["all"][0]
+
+
 def inverted(
   matrices: Mapping[str, np.ndarray], damping: float, how: str = "eigen"
 ) -> dict[str, np.ndarray]:
@@ -93,16 +128,13 @@ def inverted(
     matrices: [m, D, D] by span, or their diagonals [m, D].
     damping: relative; positive, since F is singular with fewer rows than D.
     how: "eigen", in float64 on the host, or "hyperpower", by products on the
-      device. Diagonals need neither.
+      device; "diagonal" of diagonals.
 
   Raises:
     ValueError: an unknown `how`, a damping that is not positive, or an
       iteration that did not converge.
   """
-  if not 0 < damping < np.inf:
-    raise ValueError(f"damping={damping}: it is positive, relative to F's mean")
-  if how not in ("eigen", "hyperpower"):
-    raise ValueError(f"inverse {how!r}: choose of 'eigen' and 'hyperpower'")
+  _check_inverse(how, damping)
   found = {}
   for name, x in matrices.items():
     if x.ndim == 2:
@@ -168,6 +200,13 @@ def _summed(
     sums = jax.block_until_ready(added)
     count += block.held
   return {k: np.asarray(x / max(count, 1)) for k, x in sums.items()}
+
+
+def _check_inverse(how: str, damping: float = 1.0) -> None:
+  if not 0 < damping < np.inf:
+    raise ValueError(f"damping={damping}: it is positive, relative to F's mean")
+  if how not in INVERSES:
+    raise ValueError(f"unknown inverse {how!r}; choose of {list(INVERSES)}")
 
 
 def _check_size(spans: Sequence[Span]) -> None:

@@ -78,13 +78,15 @@ def lens(
       store, _unit(asked, asked), _over(fisher.lengths(store, None, lost))
     )
   if method == "trak":
-    by = fisher.inverted({"": fisher.joint(store, lost)}, damping)[""][0]
-    return Lens(store, (asked @ by / n).astype(np.float32), slopes)
-  second, how = _second(store, inverse, lost)
+    joint = fisher.joint_inverse(store, damping, lost)
+    return Lens(store, (asked @ joint / n).astype(np.float32), slopes)
   mixes = method == "trackstar"
   if mixes:
-    second = _mixed(store, second, asked, mixing)
-  by = fisher.inverted(second, damping, how)
+    second = fisher.second(store, inverse, lost)
+    mixed = _mixed(store, second, asked, mixing)
+    by = fisher.inverted(mixed, damping, inverse)
+  else:
+    by = fisher.inverse(store, damping, inverse, lost)
   seen = fisher.applied(by, asked, store.layout)
   if method == "logra":
     return Lens(store, seen / n)
@@ -97,8 +99,7 @@ def own(
   store: Store, *, damping: float = 0.1, inverse: str = "eigen"
 ) -> np.ndarray:
   """Self-influence f_nᵀ (F + λ)⁻¹ f_n / N of every row [N]."""
-  second, how = _second(store, inverse)
-  by = fisher.inverted(second, damping, how)
+  by = fisher.inverse(store, damping, inverse)
   return np.square(fisher.lengths(store, by)) / store.rows
 
 
@@ -108,15 +109,6 @@ def neighbours(
   """Rows of the store as queries: what is like them."""
   encoded = reading.take(store, rows)
   return lens(store, np.asarray(layout.decode(encoded, store.layout)), method)
-
-
-def _second(
-  store: Store, inverse: str, lost: list[str] | None = None
-) -> tuple[Mapping[str, np.ndarray], str]:
-  """F or its diagonals, and how to invert them."""
-  if inverse == "diagonal":
-    return fisher.squares(store, lost), "eigen"
-  return fisher.fisher(store, lost), inverse
 
 
 def _mixed(
