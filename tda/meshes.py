@@ -103,31 +103,42 @@ def fetch(x: jax.Array) -> np.ndarray:
 def together(name: str) -> Iterator[None]:
   """Goes on once every process has done what is inside, or fails in all.
 
-  What is inside does not wait for other processes. `name` says what it is, and
-  is the same in all of them.
+  What is inside does not wait for other processes; `name` says what it is.
 
   Raises:
-    ValueError: another process failed there, or is somewhere else.
+    ValueError: another process failed there.
   """
   error: Exception | None = None
   try:
     yield
   except Exception as found:
     error = found
-  if jax.process_count() > 1:
-    own = zlib.crc32(name.encode()), error is not None
-    names, failed = multihost_utils.process_allgather(np.array(own)).T
-    if error is None and failed.any():
-      raise ValueError(
-        f"{name}: process {failed.argmax()} failed, and says why"
-      )
-    if error is None and len({*names.tolist()}) > 1:
-      raise ValueError(
-        f"{name}: the other processes are not there; all of a run need the same"
-        " data, model and options"
-      )
+  failed = _of_all(error is not None)
   if error is not None:
     raise error
+  if failed.any():
+    raise ValueError(f"{name}: process {failed.argmax()} failed, and says why")
+
+
+def check_same(name: str, digest: str) -> None:
+  """Refuses processes of a run that were given different things.
+
+  Raises:
+    ValueError: in all of them.
+  """
+  found = _of_all(zlib.crc32(digest.encode()))
+  if (found != found[0]).any():
+    raise ValueError(
+      f"the processes of this run were given different {name}: all of them need"
+      " the same"
+    )
+
+
+def _of_all(number: int) -> np.ndarray:
+  """Those of all processes."""
+  if jax.process_count() == 1:
+    return np.array([number], np.uint32)
+  return multihost_utils.process_allgather(np.uint32(number))
 
 
 def agreed(said: bool) -> bool:

@@ -145,6 +145,24 @@ def test_attention_is_its_formula(length):
   )
 
 
+def test_segments_see_nothing_else_in_any_piece(monkeypatch):
+  config = DecoderConfig(**SIZES, positions="rotary")
+  segments = np.repeat([1, 2, 3, 4], [70, 61, 150, 50])
+  x = np.random.RandomState(0).normal(size=(331, 8)).astype(np.float32)
+  at = attention.places(config, 331, segments)
+  module = attention.Attention(config)
+  variables = {"params": draw(module.init, x, at)}
+  found = module.apply(variables, x, at)
+  for one in range(1, 5):
+    own = x[segments == one]
+    alone = attention.places(config, len(own), None)
+    monkeypatch.setattr(attention, "PIECES", 1)
+    want = module.apply(variables, own, alone)
+    np.testing.assert_allclose(
+      found[segments == one], want, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_decoder_is_causal_and_knows_positions():
   module = Decoder(DecoderConfig(**SIZES))
   variables = {"params": draw(module.init, TOKENS)}

@@ -86,14 +86,15 @@ def failing(folder: str, loop: Loop, process: int) -> dict[str, np.ndarray]:
       return str(error)
     return ""
 
+  # As where one has other files, or draws another key.
+  other = {"train": store_cases.data(seed=2)} if process == 0 else {}
+  drawn = store_cases.logger(key=jax.random.key(process))
+  strangers = {"names": ["one"]} if process == 1 else {}
+  messages = [said(**other), said(log=drawn), said(**strangers)]
   disk.write = full if process == 1 else write
-  unwritten = said()
+  messages.append(said())
   disk.write = write
-  if process == 1:  # as where it has other files
-    other = store_cases.data(seed=2)
-  else:
-    other = None
-  messages = [unwritten, said(dtype="int8"), said(train=other)]
+  messages.append(said(dtype="int8"))
   rows, shards = stored(folder, loop)
   return {"said": np.array(messages), "again": rows, "left": shards}
 

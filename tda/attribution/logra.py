@@ -22,6 +22,7 @@ Notation: N examples, Q queries, F columns of a row, P parts of a row.
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +148,8 @@ def logger(
       about["features"] = f"{updates.name} from the state {state}"
       features = updated(updates.step)
       carried = updates.state, given
+    whole = json.dumps([about, spans, dtype])
+    meshes.check_same("models, directions or options", whole)
     with meshes.together(f"making {folder}"):
       if jax.process_index() == 0:
         disk.create(Path(folder), spans, dtype, about)

@@ -137,7 +137,9 @@ def inverted(
   _check_inverse(how, damping)
   found = {}
   for name, x in matrices.items():
-    if x.ndim == 2:
+    if (x.ndim == 2) != (how == "diagonal"):
+      raise ValueError(f"inverse {how!r} of {name!r}, an array of {x.shape}")
+    if how == "diagonal":
       level = x + damping * x.mean(axis=1, keepdims=True)
       found[name] = np.divide(1, level, out=np.zeros_like(x), where=level > 0)
     elif how == "eigen":

@@ -31,9 +31,9 @@ def blocks(
 ) -> Iterator[Block]:
   """All rows in turn, the next ones read ahead.
 
-  All blocks have the same shapes. Their arrays are filled again once the block
-  after the next is asked for, and a CPU device computes on them where they are:
-  wait for what is computed of them before, or copy them.
+  All blocks have the same shapes. Their arrays are filled again once the next
+  block is asked for, and a CPU device computes on them where they are: wait for
+  what is computed of them before, or copy them.
 
   Args:
     store: which.

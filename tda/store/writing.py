@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,30 +64,26 @@ def build(
       many; another process that writes the same shard; a disk that is full.
       What was written is kept.
   """
-  store, n = disk.opened(Path(folder)), streams.rows(data)
-  process, processes = jax.process_index(), jax.process_count()
-  if processes > 1 and loop.mesh is None:
-    raise ValueError(f"{processes} processes need a mesh: give `loop` one")
-  counts = np.ones(n, np.int64) if held is None else held.sum(axis=1)
-  if names is not None and len(names) != counts.sum():
-    raise ValueError(
-      f"{len(names)} names of {counts.sum()} rows: give one for each"
-    )
-  each = 1 if held is None else held.shape[1]
-  cut = disk.cut(store, counts, each, per_shard, processes)
-  path, digest = store.path, records.digest(data)
-  with meshes.together(f"data {digest} in {path}"):
+  path, process = Path(folder), jax.process_index()
+  with meshes.together(f"a store in {path}"):
+    store, n = disk.opened(path), streams.rows(data)
+    counts = _counts(n, names, held, loop)
+    each = 1 if held is None else held.shape[1]
+    cut = disk.cut(store, counts, each, per_shard, jax.process_count())
+    digest = records.digest(data)
+  meshes.check_same("data", digest)
+  with meshes.together(f"adding to {path}"):
     if process == 0:
       with (path / "lock").open("w") as file:  # one adds at a time
         fcntl.lockf(file, fcntl.LOCK_EX)
         if _part(path, digest, append) is None:
           disk.add(store, digest, cut)
-  part = _part(path, digest, append)
-  assert part is not None
-  names = _numbers(part, path) if names is None else names
   with meshes.together(f"room in {path}"):  # before any of them writes
+    part = _part(path, digest, append)
+    assert part is not None
     todo = disk.missing(part)
     _check_room(store, part, counts, todo)
+  names = _numbers(part, path) if names is None else names
   owners = _owners(
     streams.batch_size(min(n, part.per_shard * len(todo)), loop), loop
   )
@@ -96,8 +92,8 @@ def build(
   order = _order(part, shards, owners)
   firsts = np.concatenate([[0], np.cumsum(counts)])
   run = _encoded(features, store.layout, store.dtype, loop.mesh)
-  mine = shards.get(process, [])
-  with _filling(part, mine, names, firsts, held, owners) as put:
+  known = _Known(names, firsts, held, owners)
+  with _filling(part, shards.get(process, []), known) as put:
     streams.visit(run, operands, data, order, put, loop)
   return disk.opened(path)
 
@@ -118,6 +114,22 @@ def _encoded(
     return meshes.constrained(encoded, mesh), finite
 
   return run
+
+
+def _counts(
+  n: int, names: Sequence[str] | None, held: np.ndarray | None, loop: Loop
+) -> np.ndarray:
+  """Rows of each example [N]."""
+  if jax.process_count() > 1 and loop.mesh is None:
+    raise ValueError(
+      f"{jax.process_count()} processes need a mesh: give `loop` one"
+    )
+  counts = np.ones(n, np.int64) if held is None else held.sum(axis=1)
+  if names is not None and len(names) != counts.sum():
+    raise ValueError(
+      f"{len(names)} names of {counts.sum()} rows: give one for each"
+    )
+  return counts
 
 
 def _numbers(part: Part, path: Path) -> list[str]:
@@ -169,53 +181,47 @@ def _order(
   return order
 
 
+class _Known(NamedTuple):
+  """What is known of the rows before they are computed."""
+
+  names: Sequence[str]
+  firsts: np.ndarray  # [N + 1], the first row of each example
+  held: np.ndarray | None
+  owners: np.ndarray  # [B]
+
+
 @contextlib.contextmanager
 def _filling(
-  part: Part, mine: Sequence[int], *how: Any
+  part: Part, mine: Sequence[int], known: _Known
 ) -> Iterator[Callable[[Encoded, np.ndarray], None]]:
   """Takes the rows of examples in the order of `mine`, shard by shard.
 
-  A process that cannot write goes on with the others, whose shards are kept,
-  and all of them fail in the end. `how` is of `_Filling`.
+  Where one process cannot write, all of them fail.
   """
-  failed: list[Exception] = []
-
-  def alone(run, *args):
-    try:
-      run(*args)
-    except Exception as error:
-      if jax.process_count() == 1:
-        raise
-      failed.append(error)
-
+  writing = f"writing {part.path}"
   with (part.path / "shards" / "lock").open("w") as file:
-    with meshes.together(f"locking shards of {part.path}"):
-      filling = _Filling(part, mine, file, *how)
+    with meshes.together(writing):
+      filling = _Filling(part, mine, known, file)
+
+    def put(encoded, index):
+      with meshes.together(writing):
+        filling.put(encoded, index)
+
     try:
-      yield lambda *rows: None if failed else alone(filling.put, *rows)
-    finally:  # what is whole is kept when the next example is not finite
-      alone(filling.settle)
-    with meshes.together(f"writing {part.path}"):
-      if failed:
-        raise failed[0]
+      yield put
+    except BaseException:  # what is whole is kept
+      filling.settle()
+      raise
+    with meshes.together(writing):
+      filling.settle()
 
 
 class _Filling:
   """The shard that is being filled, and the one that is being written."""
 
-  def __init__(
-    self,
-    part: Part,
-    mine: Sequence[int],
-    file: IO,
-    names: Sequence[str],
-    firsts: np.ndarray,
-    held: np.ndarray | None,
-    owners: np.ndarray,
-  ):
-    self.part, self.todo, self.file = part, list(mine), file
-    self.names, self.firsts = names, firsts
-    self.held, self.owners = held, owners
+  def __init__(self, part: Part, mine: Sequence[int], known: _Known, file: IO):
+    self.part, self.todo = part, list(mine)
+    self.known, self.file = known, file
     self.kept: list[list[np.ndarray]] = []
     self.have = 0  # examples
     self.pending: Callable[[], None] | None = None
@@ -223,13 +229,14 @@ class _Filling:
 
   def put(self, encoded: Encoded, index: np.ndarray) -> None:
     """Takes the rows of a batch; writes the shards that they complete."""
-    arrays, local = _local(encoded, index, self.owners)
+    arrays, local = _local(encoded, index, self.known.owners)
     arrays, local = [x[local >= 0] for x in arrays], local[local >= 0]
     while len(local):
       examples = self.part.inside(self.todo[0])
       assert local[0] == examples[self.have], "rows come in the order of shards"
       count = int(np.searchsorted(local, examples[-1], "right"))
-      taken = slice(count) if self.held is None else self.held[local[:count]]
+      held = self.known.held
+      taken = slice(count) if held is None else held[local[:count]]
       self.kept.append([x[:count][taken] for x in arrays])
       self.have += count
       arrays, local = [x[count:] for x in arrays], local[count:]
@@ -245,9 +252,10 @@ class _Filling:
   def _write(self, examples: np.ndarray) -> None:
     shard = self.todo.pop(0)
     values = [np.concatenate(x) for x in zip(*self.kept, strict=True)]
-    rows = slice(self.firsts[examples[0]], self.firsts[examples[-1] + 1])
+    firsts = self.known.firsts
+    rows = slice(firsts[examples[0]], firsts[examples[-1] + 1])
     self.settle()
-    self.pending = _written(self.part, shard, values, self.names[rows])
+    self.pending = _written(self.part, shard, values, self.known.names[rows])
     self.kept, self.have = [], 0
     self._lock()
 
