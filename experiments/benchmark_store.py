@@ -21,8 +21,9 @@ first --dimension, with --part=peers; see `experiments.store_peers`.
 
 Goals: logging at most .9 of a gradient, at least .8 of dd's speed in less than
 1 GiB, and .7 of the memory's bandwidth. On two CPU cores: .57 with 16
-directions of each side and .59 with 64; .91 of dd's .99 GB/s, in 19 MiB; and
-1.06 of the sum's speed.
+directions of each side and .59 with 64 (.58 and .62 in the environment that the
+README has for them); .97 GB/s where dd has 1.20, and .91 where it has .99 in
+another hour, in 107 MiB with what is compiled; 1.07 of the sum's speed.
 """
 
 import json
@@ -164,8 +165,8 @@ def from_disk(folder: Path) -> dict[str, float]:
   rng = np.random.default_rng(1)
   width = store.layout[0].stop
   lens = Lens(store, rng.standard_normal((QUERIES.value, width), np.float32))
-  search.ends(lens, 100)  # compiles
   before = memory(anew=True)
+  search.ends(lens, 100)  # compiles
   cold = timing.dropped()
   taken: dict[str, list[float]] = {"dd": [], "search": []}
   for _ in range(rounds(3)):

@@ -4,9 +4,9 @@ A lens says what a query's score of a row f is: ⟨d, f⟩ with a direction d of
 query, times a weight of the row if there are any. Scores of several stores of
 the same rows, as of several checkpoints or models, are added.
 
-A search is exact. Beside the names of the rows it holds a few blocks of 8 MiB
-and 2 k numbers for each query; it reads ahead while it multiplies, and sums in
-float32. Equal scores go by row.
+A search is exact. Beside the names of the rows it holds a few blocks of 8 MiB,
+of int8 one in float32 too, and 2 k numbers for each query; it reads ahead while
+it multiplies, and sums in float32. Equal scores go by row.
 
 Notation: N rows, Q queries, F columns, M modules, n rows of a block.
 """
