@@ -22,8 +22,8 @@ Goals: builds 1.5 times as fast as the faster peer's, and searches and queries
 as fast. On two CPU cores, with the environment that the README has for them,
 builds are .96 times as fast, queries .89, searches .54 and cold ones 1.12. A
 build takes .46 of a plain gradient here and .80 in the peers, but torch's
-gradient takes .56 of the time of XLA's. A search is .12 s, to .07 s in bergson
-and 1.22 s in LogIX, since what is read is checked; in bfloat16 .07 s.
+gradient takes .56 of the time of XLA's. A search takes .12 s, as it checks what
+it reads, .07 s in bergson and 1.22 s in LogIX; in bfloat16 .07 s here.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ from tda.data import packing
 from tda.data.packing import Rows
 from tda.evaluation.workdir import Workdir
 from tda.models import decoder
-from tda.store import disk, lenses
+from tda.store import disk, fisher, lenses
 from tda.store.disk import Store
 from tda.store.search import Lens
 
@@ -31,7 +31,7 @@ STORE = flags.DEFINE_string(
 )
 DAMPING = flags.DEFINE_float("damping", 0.1, "Relative to mean eigenvalues.")
 INVERSE = flags.DEFINE_enum(
-  "inverse", "eigen", ["eigen", "hyperpower", "diagonal"], "Of the Fisher."
+  "inverse", "eigen", fisher.INVERSES, "Of the Fisher."
 )
 
 

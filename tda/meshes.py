@@ -123,8 +123,12 @@ def together(name: str) -> Iterator[None]:
 def check_same(name: str, digest: str) -> None:
   """Refuses processes of a run that were given different things.
 
+  Args:
+    name: what they were given.
+    digest: of it, here.
+
   Raises:
-    ValueError: in all of them.
+    ValueError: they differ; in all of them.
   """
   found = _of_all(zlib.crc32(digest.encode()))
   if (found != found[0]).any():
@@ -135,7 +139,7 @@ def check_same(name: str, digest: str) -> None:
 
 
 def _of_all(number: int) -> np.ndarray:
-  """Those of all processes."""
+  """What every process says, in their order."""
   if jax.process_count() == 1:
     return np.array([number], np.uint32)
   return multihost_utils.process_allgather(np.uint32(number))

@@ -153,10 +153,10 @@ def test_segments_see_nothing_else_in_any_piece(monkeypatch):
   module = attention.Attention(config)
   variables = {"params": draw(module.init, x, at)}
   found = module.apply(variables, x, at)
+  monkeypatch.setattr(attention, "PIECES", 1)
   for one in range(1, 5):
     own = x[segments == one]
     alone = attention.places(config, len(own), None)
-    monkeypatch.setattr(attention, "PIECES", 1)
     want = module.apply(variables, own, alone)
     np.testing.assert_allclose(
       found[segments == one], want, rtol=1e-4, atol=1e-5

@@ -288,8 +288,11 @@ def test_what_cannot_be_asked_is_refused(stored):
     lenses.lens(store, asked[:, :7])
   with pytest.raises(ValueError, match="unknown method 'ekfac'"):
     lenses.lens(store, asked, "ekfac")
-  with pytest.raises(ValueError, match="damping=0"):
-    lenses.lens(store, asked, damping=0)
+  for method in ("logra", "trackstar", "trak"):
+    with pytest.raises(ValueError, match="damping=0"):
+      lenses.lens(store, asked, method, damping=0)
+  with pytest.raises(ValueError, match="inverse 'diagonal' of 'w', an array"):
+    fisher.inverted({"w": np.ones((1, 2, 2))}, 0.1, "diagonal")
   with pytest.raises(ValueError, match="inverse 'qr'"):
     lenses.lens(store, asked, inverse="qr")
   with pytest.raises(ValueError, match="query 1 is not finite"):

@@ -90,7 +90,6 @@ def second(
   store: Store, how: str, lost: list[str] | None = None
 ) -> dict[str, np.ndarray]:
   """F, or its diagonals, which are all that the inverse "diagonal" needs."""
-  _check_inverse(how)
   return squares(store, lost) if how == "diagonal" else fisher(store, lost)
 
 
@@ -103,9 +102,10 @@ def inverse(
   """(F + λ)⁻¹ of every module as of `inverted`; kept beside the store.
 
   Raises:
-    ValueError: as `fisher` and `inverted`, before anything is computed.
+    ValueError: as `check_inverse`, before anything is computed; as `fisher` and
+      `inverted`.
   """
-  _check_inverse(how, damping)
+  check_inverse(how, damping)
   compute = lambda: inverted(second(store, how, lost), damping, how)
   return _kept(store, f"inverse_{how}_{float(damping)}", compute, lost)
 
@@ -114,9 +114,21 @@ def joint_inverse(
   store: Store, damping: float, lost: list[str] | None = None
 ) -> np.ndarray:
   """(F + λ)⁻¹ of all modules together [F, F], kept as well."""
-  _check_inverse("eigen", damping)
+  check_inverse("eigen", damping)
   compute = lambda: inverted({"all": joint(store, lost)}, damping)
   return _kept(store, f"joint_{float(damping)}", compute, lost)["all"][0]
+
+
+def check_inverse(how: str, damping: float) -> None:
+  """Refuses an unknown inverse, and a damping that is not positive.
+
+  Raises:
+    ValueError: one of these.
+  """
+  if not 0 < damping < np.inf:
+    raise ValueError(f"damping={damping}: it is positive, relative to F's mean")
+  if how not in INVERSES:
+    raise ValueError(f"unknown inverse {how!r}; choose of {list(INVERSES)}")
 
 
 def inverted(
@@ -131,10 +143,10 @@ def inverted(
       device; "diagonal" of diagonals.
 
   Raises:
-    ValueError: an unknown `how`, a damping that is not positive, or an
-      iteration that did not converge.
+    ValueError: as `check_inverse`; diagonals with another `how`, or matrices
+      with this one; an iteration that did not converge.
   """
-  _check_inverse(how, damping)
+  check_inverse(how, damping)
   found = {}
   for name, x in matrices.items():
     if (x.ndim == 2) != (how == "diagonal"):
@@ -202,13 +214,6 @@ def _summed(
     sums = jax.block_until_ready(added)
     count += block.held
   return {k: np.asarray(x / max(count, 1)) for k, x in sums.items()}
-
-
-def _check_inverse(how: str, damping: float = 1.0) -> None:
-  if not 0 < damping < np.inf:
-    raise ValueError(f"damping={damping}: it is positive, relative to F's mean")
-  if how not in INVERSES:
-    raise ValueError(f"unknown inverse {how!r}; choose of {list(INVERSES)}")
 
 
 def _check_size(spans: Sequence[Span]) -> None:

@@ -82,6 +82,7 @@ def lens(
     return Lens(store, (asked @ joint / n).astype(np.float32), slopes)
   mixes = method == "trackstar"
   if mixes:
+    fisher.check_inverse(inverse, damping)  # before the store is read
     second = fisher.second(store, inverse, lost)
     mixed = _mixed(store, second, asked, mixing)
     by = fisher.inverted(mixed, damping, inverse)

@@ -64,12 +64,15 @@ def build(
       many; another process that writes the same shard; a disk that is full.
       What was written is kept.
   """
-  path, process = Path(folder), jax.process_index()
+  process, processes = jax.process_index(), jax.process_count()
+  if processes > 1 and loop.mesh is None:
+    raise ValueError(f"{processes} processes need a mesh: give `loop` one")
+  path = Path(folder)
   with meshes.together(f"a store in {path}"):
     store, n = disk.opened(path), streams.rows(data)
-    counts = _counts(n, names, held, loop)
+    counts = _counts(n, names, held)
     each = 1 if held is None else held.shape[1]
-    cut = disk.cut(store, counts, each, per_shard, jax.process_count())
+    cut = disk.cut(store, counts, each, per_shard, processes)
     digest = records.digest(data)
   meshes.check_same("data", digest)
   with meshes.together(f"adding to {path}"):
@@ -117,13 +120,9 @@ def _encoded(
 
 
 def _counts(
-  n: int, names: Sequence[str] | None, held: np.ndarray | None, loop: Loop
+  n: int, names: Sequence[str] | None, held: np.ndarray | None
 ) -> np.ndarray:
-  """Rows of each example [N]."""
-  if jax.process_count() > 1 and loop.mesh is None:
-    raise ValueError(
-      f"{jax.process_count()} processes need a mesh: give `loop` one"
-    )
+  """Rows of each example [N]; names, if any, are as many as all of them."""
   counts = np.ones(n, np.int64) if held is None else held.sum(axis=1)
   if names is not None and len(names) != counts.sum():
     raise ValueError(
@@ -201,23 +200,23 @@ def _filling(
   writing = f"writing {part.path}"
   with (part.path / "shards" / "lock").open("w") as file:
     with meshes.together(writing):
-      filling = _Filling(part, mine, known, file)
+      writer = _Writer(part, mine, known, file)
 
     def put(encoded, index):
       with meshes.together(writing):
-        filling.put(encoded, index)
+        writer.put(encoded, index)
 
     try:
       yield put
     except BaseException:  # what is whole is kept
-      filling.settle()
+      writer.settle()
       raise
     with meshes.together(writing):
-      filling.settle()
+      writer.settle()
 
 
-class _Filling:
-  """The shard that is being filled, and the one that is being written."""
+class _Writer:
+  """Holds the shard that is being filled, and the one that is being written."""
 
   def __init__(self, part: Part, mine: Sequence[int], known: _Known, file: IO):
     self.part, self.todo = part, list(mine)
